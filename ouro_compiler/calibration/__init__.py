@@ -1,0 +1,1 @@
+"""Scales, zero points and thresholds from data: `{site: QParams}`."""

@@ -1,0 +1,202 @@
+"""compile(): the whole pipeline on one page."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor, fx, nn
+
+from ouro_compiler.calibration.calibrate import Progress, calibrate
+from ouro_compiler.config import W4A4, Preprocessing, QuantConfig, Target
+from ouro_compiler.errors import RefusedLayerError, UsageError
+from ouro_compiler.evaluation import OutlierCounter, accuracy, run_batches, snr_db
+from ouro_compiler.frontend.capture import capture, export
+from ouro_compiler.graph import CalibrationTable, Site
+from ouro_compiler.lowering.lower import lower
+from ouro_compiler.passes import NORMALIZE, QUANTIZE
+from ouro_compiler.passes.base import PassContext, run_passes
+from ouro_compiler.recipes import ouromamba
+from ouro_compiler.report import Report, SiteRow
+from ouro_compiler.runtime.artifact import build_manifest, checksum
+from ouro_compiler.runtime.compiled_model import CompiledModel
+from ouro_compiler.sizes import bytes_by_part
+
+RECIPES: dict[str, Callable[[fx.GraphModule, QuantConfig], ouromamba.Plan]] = {
+    "ouromamba": ouromamba.plan,
+}
+
+
+class Images(Protocol):
+    """Calibration or verification images; `ouro_compiler.data` has the ready-made ones."""
+
+    description: str
+    labels: Tensor | None
+
+    def __len__(self) -> int: ...
+
+    def batches(self, size: int) -> Iterator[Tensor]: ...
+
+
+class _TensorImages:
+    """A tensor (n, C, H, W) as Images."""
+
+    labels: Tensor | None = None
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self.description = tensor, f"{len(tensor)} images"
+
+    def __len__(self) -> int:
+        return len(self.tensor)
+
+    def batches(self, size: int) -> Iterator[Tensor]:
+        yield from self.tensor.split(size)
+
+
+def compile(
+    model: nn.Module | torch.export.ExportedProgram,
+    example_inputs: Tensor | tuple[Tensor],
+    config: QuantConfig = W4A4,
+    *,
+    calibration: Tensor | Images | None = None,
+    verify: Images | None = None,
+    target: Target | None = None,
+    preprocessing: Preprocessing | None = None,
+    strict: bool = False,
+    batch_size: int = 32,
+    progress: Progress | None = None,
+) -> CompiledModel:
+    """Compile a model of one image tensor into a quantized CompiledModel.
+
+    example_inputs: one batch (B, C, H, W), any B >= 1. calibration: images (n, C, H, W) in the
+    model's own normalisation. verify: images, with labels if there are any, on which accuracy and
+    logits SNR before and after are measured; without it they are measured on the calibration images.
+    strict: raise RefusedLayerError when a layer that the recipe selected stays in floating point.
+    Raises UsageError without calibration images and ModelError if the model cannot be traced.
+    """
+    if calibration is None:
+        raise UsageError("calibration images are needed: pass calibration=")
+    images = _TensorImages(calibration) if isinstance(calibration, Tensor) else calibration
+    example = example_inputs[0] if isinstance(example_inputs, tuple) else example_inputs
+    report = Report(config=config.to_dict())
+    with _timed(report, "capture"):
+        gm = capture(model, example)
+        run_passes(gm, NORMALIZE, PassContext(config=config))
+        before = bytes_by_part(gm, as_half=True)
+        plan = RECIPES[config.recipe](gm, config)
+    with _timed(report, "reference"):
+        measured = verify or images
+        name = "verifying: floating point" if verify else "measuring: floating point"
+        logits = _run(gm, measured, batch_size, name, progress)
+    with _timed(report, "calibrate"):
+        table = calibrate(
+            gm,
+            plan.sites,
+            config.activations,
+            lambda: images.batches(batch_size),
+            len(images),
+            progress,
+        )
+    with _timed(report, "quantize"):
+        run_passes(gm, QUANTIZE, PassContext(config=config, sites=plan.sites, table=table))
+        report.layers = plan.rows
+        report.notes = lower(gm, plan.rows)
+        if strict:
+            _refuse_skipped(report)
+        program = export(gm, example)
+        _fill_bytes(report, before, bytes_by_part(gm))
+    with _timed(report, "measure"):
+        counter = _measure(program, report, measured, logits, batch_size, progress)
+        report.sites = _site_rows(plan.sites, table, config, counter.shares())
+        report.snr_data = measured.description
+    manifest = build_manifest(
+        program,
+        config=config.to_dict(),
+        target=target or "cpu",
+        shape=list(example.shape),
+        preprocessing=preprocessing.to_dict() if preprocessing else None,
+        report=report.to_dict(timing=False),
+    )
+    compiled = CompiledModel(program, manifest)
+    compiled.manifest["checksum"] = checksum(compiled)
+    return compiled
+
+
+def _run(
+    model: Callable[[Tensor], Tensor],
+    images: Images,
+    batch_size: int,
+    stage: str,
+    progress: Progress | None,
+) -> Tensor:
+    def on_batch(done: int) -> None:
+        if progress is not None:
+            progress(stage, done, len(images))
+
+    return run_batches(model, images.batches(batch_size), on_batch)
+
+
+def _measure(
+    program: torch.export.ExportedProgram,
+    report: Report,
+    images: Images,
+    reference: Tensor,
+    batch_size: int,
+    progress: Progress | None,
+) -> OutlierCounter:
+    module = program.module(check_guards=False)
+    assert isinstance(module, fx.GraphModule)
+    counter = OutlierCounter(module)
+    logits = _run(counter.run, images, batch_size, "measuring: quantized", progress)
+    report.logits_snr_db = snr_db(reference, logits)
+    report.outlier_share = counter.share()
+    if images.labels is not None:
+        report.accuracy_before = accuracy(reference, images.labels)
+        report.accuracy_after = accuracy(logits, images.labels)
+    return counter
+
+
+def _site_rows(
+    sites: Sequence[Site], table: CalibrationTable, config: QuantConfig, shares: dict[str, float]
+) -> list[SiteRow]:
+    rows: dict[str, SiteRow] = {}
+    for site in sites:
+        scale = table[site.name].scale
+        rows[site.name] = SiteRow(
+            name=site.name,
+            bits=site.bits,
+            outlier_bits=config.activations.outlier_bits,
+            reverse=site.reverse,
+            scale_min=float(scale.min()),
+            scale_median=float(scale.median()),
+            scale_max=float(scale.max()),
+            outlier_share=shares.get(site.name),
+        )
+    return list(rows.values())
+
+
+def _fill_bytes(report: Report, before: dict[str, int], stored: dict[str, int]) -> None:
+    parts = sorted(before.keys() | stored.keys())
+    report.bytes_by_part = {
+        part: {"fp16": before.get(part, 0), "stored": stored.get(part, 0)} for part in parts
+    }
+    report.bytes_fp16, report.bytes_stored = sum(before.values()), sum(stored.values())
+
+
+@contextmanager
+def _timed(report: Report, stage: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    report.seconds[stage] = round(time.perf_counter() - start, 3)
+
+
+def _refuse_skipped(report: Report) -> None:
+    refused = [row for row in report.skipped if row.selected]
+    if refused:
+        raise RefusedLayerError(
+            f"{len(refused)} selected layers would stay in floating point, the first is "
+            f"{refused[0].name}: {refused[0].reason}"
+        )

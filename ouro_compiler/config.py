@@ -1,0 +1,143 @@
+"""Configuration: frozen dataclasses, presets, strict conversion to and from dictionaries."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, Literal, TypeVar
+
+from ouro_compiler.errors import UsageError
+
+SsmCoverage = Literal["none", "params"]
+OutlierMode = Literal["none", "static", "dynamic"]
+Target = Literal["cpu", "cuda"]
+
+_BITS = (4, 6, 8)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightSpec:
+    """Weights: symmetric, one scale an output channel, clipped by search (METHODS P4, P5)."""
+
+    bits: int = 4
+
+    def __post_init__(self) -> None:
+        if self.bits not in _BITS:
+            raise UsageError(f"weight bits must be one of {_BITS}, got {self.bits}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DynamicOutlierSpec:
+    """Activations: static inlier scales per time step, dynamic outlier lists (METHODS 3)."""
+
+    inlier_bits: int = 4
+    outlier_bits: int = 8  # 16 keeps outliers in floating point
+    refresh_period: int = 10  # tokens between resets of the outlier list
+    outliers: OutlierMode = "dynamic"
+    kappa: float = 3.0  # outliers exceed mean + kappa standard deviations of a token
+    kappa_delta: float = 4.0  # the same for the scan's delta before softplus
+
+    def __post_init__(self) -> None:
+        if self.inlier_bits not in _BITS or self.outlier_bits not in (8, 16):
+            raise UsageError(
+                f"activations take inliers of {_BITS} and outliers of 8 or 16 bits, "
+                f"got {self.inlier_bits} and {self.outlier_bits}"
+            )
+        if self.refresh_period < 1:
+            raise UsageError(f"refresh_period must be at least 1, got {self.refresh_period}")
+        if self.outliers not in typing.get_args(OutlierMode):
+            raise UsageError(f"outliers must be none, static or dynamic, got {self.outliers!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantConfig:
+    """How a model is quantized. Layer names match `include` and none of `exclude` (fnmatch)."""
+
+    weights: WeightSpec = field(default_factory=WeightSpec)
+    activations: DynamicOutlierSpec = field(default_factory=DynamicOutlierSpec)
+    ssm: SsmCoverage = "params"
+    recipe: str = "ouromamba"
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.ssm not in typing.get_args(SsmCoverage):
+            raise UsageError(f"ssm must be none or params, got {self.ssm!r}")
+
+    def selects(self, layer: str) -> bool:
+        """Do `include` and `exclude` leave this layer in?"""
+        included = any(fnmatchcase(layer, pattern) for pattern in self.include)
+        return included and not any(fnmatchcase(layer, pattern) for pattern in self.exclude)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> QuantConfig:
+        """Inverse of to_dict. Raises UsageError on unknown keys."""
+        return _from_dict(QuantConfig, data)
+
+
+def _from_dict(cls: type[T], data: Mapping[str, Any]) -> T:
+    known = typing.get_type_hints(cls)
+    unknown = sorted(set(data) - set(known))
+    if unknown:
+        raise UsageError(f"{cls.__name__} has no field {', '.join(unknown)}")
+    values: dict[str, Any] = {}
+    for name, value in data.items():
+        hint = known[name]
+        if dataclasses.is_dataclass(hint):
+            values[name] = _from_dict(typing.cast(type, hint), value)
+        else:
+            values[name] = tuple(value) if isinstance(value, list) else value
+    return cls(**values)
+
+
+def _preset(weight_bits: int, inlier_bits: int, outlier_bits: int) -> QuantConfig:
+    return QuantConfig(
+        weights=WeightSpec(bits=weight_bits),
+        activations=DynamicOutlierSpec(inlier_bits=inlier_bits, outlier_bits=outlier_bits),
+    )
+
+
+W4A4 = _preset(4, 4, 8)
+W4A8 = _preset(4, 8, 16)
+W6A6 = _preset(6, 6, 8)
+W8A8 = _preset(8, 8, 16)
+PRESETS: dict[str, QuantConfig] = {"w4a4": W4A4, "w4a8": W4A8, "w6a6": W6A6, "w8a8": W8A8}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """How an image file becomes a model's input (timm's meaning of crop: size / resized side)."""
+
+    size: int = 224
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    crop: float = 0.875
+
+    def __post_init__(self) -> None:
+        if len(self.mean) != len(self.std) or len(self.mean) not in (1, 3):
+            raise UsageError("preprocessing needs a mean and a std for 1 or 3 channels")
+        if self.size < 1 or not 0 < self.crop <= 1 or min(self.std) <= 0:
+            raise UsageError("preprocessing needs size >= 1, 0 < crop <= 1 and std > 0")
+
+    @property
+    def channels(self) -> int:
+        """Channels of the model's input: 1 (grey) or 3 (RGB)."""
+        return len(self.mean)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Preprocessing:
+        """Inverse of to_dict. Raises UsageError on unknown keys."""
+        return _from_dict(Preprocessing, data)

@@ -1,0 +1,83 @@
+"""Capture: module or exported program -> fx.GraphModule in training IR, with a dynamic batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ouro_compiler.errors import ModelError
+
+MAX_BATCH = 65_536
+
+
+def capture(model: nn.Module | torch.export.ExportedProgram, example: Tensor) -> fx.GraphModule:
+    """The graph of a model that takes one tensor, with its first dimension dynamic.
+
+    example: (B, ...), any B >= 1 (a batch of 1 is doubled, since export would fix it). Parameters
+    are get_attr nodes; nothing is decomposed. Raises ModelError if the model cannot be traced.
+    """
+    if isinstance(model, torch.export.ExportedProgram):
+        program = model
+    else:
+        with _evaluating(model):
+            program = export(model, example)
+    gm = program.module(check_guards=False)
+    assert isinstance(gm, fx.GraphModule)
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    if len(placeholders) != 1:
+        raise ModelError(
+            f"the model takes {len(placeholders)} inputs; ouro compiles models of one image tensor"
+        )
+    return gm
+
+
+def export(module: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
+    """torch.export of a module in eval mode that takes one tensor, batch from 1 to MAX_BATCH.
+
+    Raises ModelError if it cannot be traced.
+    """
+    batch = example if example.shape[0] > 1 else torch.cat((example, example))
+    dynamic = ({0: torch.export.Dim("batch", min=1, max=MAX_BATCH)},)
+    try:
+        with torch.no_grad(), _frozen(module):
+            return torch.export.export(module, (batch,), dynamic_shapes=dynamic, strict=False)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"torch.export cannot trace {type(module).__name__} with a dynamic batch: {reason}"
+        ) from error
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode for the time of the capture."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """No parameter asks for gradients while export runs (autograd.Functions are then inlined)."""
+    asking = [p for p in module.parameters() if p.requires_grad]
+    for parameter in asking:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in asking:
+            parameter.requires_grad_(True)
+
+
+def batch_dimension_is_dynamic(gm: fx.GraphModule) -> bool:
+    """Is the first dimension of the graph's input symbolic?"""
+    placeholder: Any = next(node for node in gm.graph.nodes if node.op == "placeholder")
+    return isinstance(placeholder.meta["val"].shape[0], torch.SymInt)

@@ -1,0 +1,135 @@
+"""`ouro::linear_dynamic_outlier` and `ouro::dequantize_weight`: products of quantized operands (METHODS 4).
+
+With U the channels listed anywhere, `acc = codes @ W` and `acc_o = (codes[:, U] * listed) @ W[U]`
+are exact int32 products, and in fp32
+
+    y = ((acc - acc_o) * inlier_scale + acc_o * outlier_scale) * weight_scale + bias
+    y = activation(y) + residual
+
+When outlier_bits is 16 the codes of listed channels are 0 and the op also reads x:
+    y = acc * inlier_scale * weight_scale + (x[:, U] * listed) @ (weight_scale * W[U]) + bias
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ouro_compiler.ops.library import define_op, reject
+from ouro_compiler.ops.packing import unpack_int4_ref
+from ouro_compiler.ops.quantize import KEEP_FLOAT_BITS, dequantize_codes, listed_mask
+
+NAME = "linear_dynamic_outlier"
+ACTIVATIONS = {"none": lambda y: y, "silu": F.silu, "softplus": F.softplus}
+# torch._int_mm on a CPU is wrong for one reduction column; zero columns change no product.
+_MIN_REDUCTION = 16
+
+
+def int_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """Exact int32 product of int8 matrices (M, K) @ (K, N), for any K >= 0."""
+    if a.device.type != "cpu":
+        # fp64 holds every sum of int8 products exactly; cuBLASLt's int8 form refuses odd shapes.
+        return (a.double() @ b.double()).to(torch.int32)
+    missing = max(0, _MIN_REDUCTION - a.shape[1])
+    if missing:
+        a, b = F.pad(a, (0, missing)), F.pad(b, (0, 0, 0, missing))
+    return torch._int_mm(a, b)
+
+
+def unpacked_weight(qweight: Tensor, columns: int) -> Tensor:
+    """int8 codes (O, K) from int8 codes (O, K) or packed uint8 (O, ceil(K/2))."""
+    return unpack_int4_ref(qweight, columns) if qweight.dtype == torch.uint8 else qweight
+
+
+def dequantize_weight_ref(
+    qweight: Tensor, weight_scale: Tensor, zero_point: Tensor | None, bits: int, columns: int
+) -> Tensor:
+    """fp32 (O, K) from codes, packed or not; scale and zero point are (O,) or (1,)."""
+    zero = None if zero_point is None else zero_point.float()[:, None]
+    codes = unpacked_weight(qweight, columns)
+    return dequantize_codes(codes, weight_scale.float()[:, None], zero, bits)
+
+
+def linear_dynamic_outlier_ref(
+    codes: Tensor,
+    inlier_scale: Tensor,
+    outlier_scale: Tensor,
+    outlier_start: Tensor,
+    x: Tensor | None,
+    qweight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    inlier_bits: int,
+    outlier_bits: int,
+    refresh_period: int,
+    reverse: bool,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """y (B, L, O) in `dtype` (fp32); the module docstring has the arithmetic."""
+    batch, length, columns = codes.shape
+    if activation not in ACTIVATIONS:
+        reject(NAME, f"activation {activation!r} is none of {', '.join(ACTIVATIONS)}")
+    weight = unpacked_weight(qweight, columns)
+    if weight.shape[1] != columns:
+        reject(NAME, f"codes have {columns} channels and qweight {weight.shape[1]}")
+    rows = codes.reshape(-1, columns)
+    acc = int_matmul(rows, weight.t())
+    per_row = inlier_scale.float().expand(batch, -1).reshape(-1, 1)
+    per_column = weight_scale.float()
+    listed = listed_mask(outlier_start, length, refresh_period, reverse).reshape(-1, columns)
+    union = listed.any(0).nonzero().squeeze(1)
+    if outlier_bits == KEEP_FLOAT_BITS:
+        if x is None:
+            raise ValueError(f"ouro::{NAME}: outlier_bits 16 reads x: pass it")
+        kept = torch.where(listed, x.reshape(-1, columns).float(), 0.0)[:, union]
+        y = acc.float() * per_row * per_column
+        y = y + kept @ (weight[:, union].float() * per_column[:, None]).t()
+    else:
+        outliers = torch.where(listed, rows, 0)[:, union]
+        acc_o = int_matmul(outliers, weight[:, union].t())
+        y = (acc - acc_o).float() * per_row + acc_o.float() * outlier_scale.reshape(-1, 1)
+        y = y * per_column
+    if bias is not None:
+        y = y + bias.float()
+    y = ACTIVATIONS[activation](y).view(batch, length, -1)
+    if residual is not None:
+        y = y + residual.float()
+    return y.to(dtype or torch.float32)
+
+
+def _fake(
+    codes: Tensor,
+    inlier_scale: Tensor,
+    outlier_scale: Tensor,
+    outlier_start: Tensor,
+    x: Tensor | None,
+    qweight: Tensor,
+    *_args: Any,
+    dtype: torch.dtype | None = None,
+    **_kwargs: Any,
+) -> Tensor:
+    batch, length, _ = codes.shape
+    return codes.new_empty((batch, length, qweight.shape[0]), dtype=dtype or torch.float32)
+
+
+define_op(
+    f"{NAME}(Tensor codes, Tensor inlier_scale, Tensor outlier_scale, Tensor outlier_start, "
+    "Tensor? x, Tensor qweight, Tensor weight_scale, Tensor? bias, Tensor? residual, "
+    "str activation, int inlier_bits, int outlier_bits, int refresh_period, bool reverse, *, "
+    "ScalarType? dtype=None) -> Tensor",
+    implementation=linear_dynamic_outlier_ref,
+    fake=_fake,
+)
+define_op(
+    "dequantize_weight(Tensor qweight, Tensor weight_scale, Tensor? zero_point, int bits, "
+    "int columns) -> Tensor",
+    implementation=dequantize_weight_ref,
+    fake=lambda qweight, weight_scale, zero_point, bits, columns: qweight.new_empty(
+        (qweight.shape[0], columns), dtype=torch.float32
+    ),
+)

@@ -1,0 +1,1 @@
+"""Recipes: which sites, which quantizers, which search. One file a method."""

@@ -1,0 +1,105 @@
+"""Rows of the report: what became of every layer and site. A leaf that every package may fill."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+SCHEMA_VERSION = 1
+
+LayerKind = Literal["linear", "conv", "scan"]
+LayerStatus = Literal["quantized", "simulated", "skipped"]
+
+
+@dataclass(kw_only=True)
+class LayerRow:
+    """One linear, convolution or scan of the model.
+
+    status: "quantized" runs on integer codes; "simulated" runs in floating point on quantized and
+    dequantized operands; "skipped" stays in floating point, for `reason`. `selected` says whether the
+    recipe wanted it quantized.
+    """
+
+    name: str
+    kind: LayerKind
+    status: LayerStatus
+    selected: bool
+    reason: str | None = None
+    weight_bits: int | None = None
+    activation_bits: int | None = None
+    kernel: str | None = None  # what runs it: "reference" until a generated kernel serves it
+
+
+@dataclass(kw_only=True)
+class SiteRow:
+    """One quantized activation: its inlier scales over time, and the share of outliers measured."""
+
+    name: str
+    bits: int
+    outlier_bits: int
+    reverse: bool
+    scale_min: float
+    scale_median: float
+    scale_max: float
+    outlier_share: float | None = None
+
+
+@dataclass(kw_only=True)
+class Report:
+    """Everything `--report` writes. Fractions for accuracy, decibels for SNR, bytes, seconds."""
+
+    config: dict[str, Any]
+    layers: list[LayerRow] = field(default_factory=list)
+    sites: list[SiteRow] = field(default_factory=list)
+    bytes_fp16: int = 0
+    bytes_stored: int = 0
+    bytes_by_part: dict[str, dict[str, int]] = field(default_factory=dict)
+    accuracy_before: float | None = None
+    accuracy_after: float | None = None
+    logits_snr_db: float | None = None
+    snr_data: str | None = None  # what logits_snr_db and outlier_share were measured on
+    outlier_share: float | None = None
+    notes: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def quantized(self) -> list[LayerRow]:
+        """Layers that are quantized, simulated ones included."""
+        return [row for row in self.layers if row.status != "skipped"]
+
+    @property
+    def skipped(self) -> list[LayerRow]:
+        """Layers left in floating point."""
+        return [row for row in self.layers if row.status == "skipped"]
+
+    def to_dict(self, *, timing: bool = True) -> dict[str, Any]:
+        """The documented JSON form (docs/report.md). Without `timing` it is deterministic."""
+        found: dict[str, Any] = {
+            "schema_version": SCHEMA_VERSION,
+            "config": self.config,
+            "accuracy": {"before": self.accuracy_before, "after": self.accuracy_after},
+            "logits_snr_db": self.logits_snr_db,
+            "snr_data": self.snr_data,
+            "layers": {
+                "total": len(self.layers),
+                "quantized": len(self.quantized),
+                "simulated": sum(row.status == "simulated" for row in self.layers),
+                "skipped": [
+                    {"name": row.name, "reason": row.reason, "selected": row.selected}
+                    for row in self.skipped
+                ],
+                "rows": [dataclasses.asdict(row) for row in self.layers],
+            },
+            "sites": [dataclasses.asdict(row) for row in self.sites],
+            "bytes": {
+                "fp16": self.bytes_fp16,
+                "stored": self.bytes_stored,
+                "by_part": self.bytes_by_part,
+            },
+            "outlier_share": self.outlier_share,
+            "notes": self.notes,
+        }
+        if timing:
+            found["seconds"] = self.seconds
+        return found

@@ -1,0 +1,1 @@
+"""Running, saving and loading compiled models. Needs neither passes nor calibration."""

@@ -1,0 +1,65 @@
+"""CompiledModel: a quantized graph that runs, and the manifest that says what it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ouro_compiler.errors import DeviceError, UsageError
+
+
+class CompiledModel(nn.Module):
+    """A compiled, quantized model: images (B, C, H, W) fp32 -> what the original model returns.
+
+    Built by `ouro_compiler.compile` or `ouro_compiler.load`.
+    """
+
+    def __init__(
+        self, program: torch.export.ExportedProgram, manifest: Mapping[str, Any]
+    ) -> None:
+        super().__init__()
+        self.program, self.manifest = program, dict(manifest)
+        module = program.module(check_guards=False)
+        assert isinstance(module, fx.GraphModule)
+        self.graph_module = module
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Run a batch. Raises UsageError if the images do not have the shape it was compiled for."""
+        expected = list(self.manifest["input"]["shape"])
+        if list(images.shape[1:]) != expected[1:] or images.dim() != len(expected):
+            raise UsageError(
+                f"this model was compiled for images {['B', *expected[1:]]}, "
+                f"got {list(images.shape)}"
+            )
+        with torch.no_grad():
+            return self.graph_module(images)
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """What was quantized, what was not and why, sizes and accuracy (docs/report.md)."""
+        return self.manifest["report"]
+
+    @property
+    def target(self) -> str:
+        """The device it was compiled for: "cpu" or "cuda"."""
+        return self.manifest["target"]
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write one `.pt2` (docs/artifact_format.md). The same model gives the same bytes."""
+        from ouro_compiler.runtime.artifact import save
+
+        save(self, path)
+
+
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """The device asked for, cpu by default. Raises DeviceError if this machine lacks it."""
+    found = torch.device(device or "cpu")
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise DeviceError("no CUDA device on this machine: use the cpu, or run where there is one")
+    if found.type not in ("cpu", "cuda"):
+        raise DeviceError(f"ouro runs on cpu and cuda, not on {found.type}")
+    return found
