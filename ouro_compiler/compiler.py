@@ -12,15 +12,15 @@ from torch import Tensor, fx, nn
 
 from ouro_compiler.calibration.calibrate import Progress, calibrate
 from ouro_compiler.config import W4A4, Preprocessing, QuantConfig, Target
-from ouro_compiler.errors import RefusedLayerError, UsageError
+from ouro_compiler.errors import RefusedLayerError, UsageError, VerificationError
 from ouro_compiler.evaluation import OutlierCounter, accuracy, run_batches, snr_db
 from ouro_compiler.frontend.capture import capture, export
 from ouro_compiler.graph import CalibrationTable, Site
 from ouro_compiler.lowering.lower import lower
-from ouro_compiler.passes import NORMALIZE, QUANTIZE
-from ouro_compiler.passes.base import PassContext, run_passes
+from ouro_compiler.passes import NORMALIZE, PIPELINE, QUANTIZE
+from ouro_compiler.passes.base import PassContext, pass_name, run_passes
 from ouro_compiler.recipes import ouromamba
-from ouro_compiler.report import Report, SiteRow
+from ouro_compiler.report import LayerRow, Report, SiteRow
 from ouro_compiler.runtime.artifact import build_manifest, checksum
 from ouro_compiler.runtime.compiled_model import CompiledModel
 from ouro_compiler.sizes import bytes_by_part
@@ -122,7 +122,54 @@ def compile(
     )
     compiled = CompiledModel(program, manifest)
     compiled.manifest["checksum"] = checksum(compiled)
+    compiled.seconds = dict(report.seconds)
     return compiled
+
+
+def plan_layers(
+    model: nn.Module | torch.export.ExportedProgram,
+    example: Tensor,
+    config: QuantConfig,
+    *,
+    strict: bool = False,
+) -> list[LayerRow]:
+    """What compile() would do with each layer, without images: the command's --dry-run."""
+    gm = capture(model, example)
+    run_passes(gm, NORMALIZE, PassContext(config=config))
+    report = Report(config=config.to_dict(), layers=RECIPES[config.recipe](gm, config).rows)
+    if strict:
+        _refuse_skipped(report)
+    return report.layers
+
+
+def graph_after(
+    model: nn.Module | torch.export.ExportedProgram,
+    example: Tensor,
+    after: str | None,
+    *,
+    calibration: Images,
+    config: QuantConfig = W4A4,
+) -> tuple[fx.GraphModule, str]:
+    """The graph after the named pass (None: the last normalising one), and the pass's name.
+
+    Passes that quantize are calibrated on `calibration`. Raises UsageError for an unknown name.
+    """
+    names = [pass_name(one) for one in PIPELINE]
+    wanted = after or pass_name(NORMALIZE[-1])
+    if wanted not in names:
+        raise UsageError(f"no pass is called {wanted}: the passes are {', '.join(names)}")
+    chosen = PIPELINE[: names.index(wanted) + 1]
+    gm = capture(model, example)
+    run_passes(gm, chosen[: len(NORMALIZE)], PassContext(config=config))
+    if len(chosen) > len(NORMALIZE):
+        plan = RECIPES[config.recipe](gm, config)
+        size = len(calibration)
+        table = calibrate(
+            gm, plan.sites, config.activations, lambda: calibration.batches(size), size
+        )
+        context = PassContext(config=config, sites=plan.sites, table=table)
+        run_passes(gm, chosen[len(NORMALIZE) :], context)
+    return gm, wanted
 
 
 def _run(
@@ -151,6 +198,11 @@ def _measure(
     assert isinstance(module, fx.GraphModule)
     counter = OutlierCounter(module)
     logits = _run(counter.run, images, batch_size, "measuring: quantized", progress)
+    if not bool(torch.isfinite(logits).all()):
+        raise VerificationError(
+            f"the quantized model's outputs on {images.description} are not all finite: "
+            "no artefact was written"
+        )
     report.logits_snr_db = snr_db(reference, logits)
     report.outlier_share = counter.share()
     if images.labels is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -79,7 +80,7 @@ class Report:
             "schema_version": SCHEMA_VERSION,
             "config": self.config,
             "accuracy": {"before": self.accuracy_before, "after": self.accuracy_after},
-            "logits_snr_db": self.logits_snr_db,
+            "logits_snr_db": _finite(self.logits_snr_db),
             "snr_data": self.snr_data,
             "layers": {
                 "total": len(self.layers),
@@ -103,3 +104,8 @@ class Report:
         if timing:
             found["seconds"] = self.seconds
         return found
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON has no infinity: an SNR without noise is null."""
+    return value if value is not None and math.isfinite(value) else None

@@ -1,8 +1,9 @@
 """fold_delta_bias: move a scan's delta_bias into the linear that makes delta.
 
-`selective_scan(delta=transpose(linear(x, W, b?)), delta_bias=c)` becomes a linear with bias b + c and
-a scan without delta_bias, so that the quantizer of delta sees what softplus sees. A model that
-adds its bias twice (MambaVision) keeps both. Requires the linear's result to feed this scan alone.
+`selective_scan(delta=transpose(linear(x, W, b?)), delta_bias=c)` becomes a linear with bias b + c
+and a scan without delta_bias, so that the quantizer of delta sees what softplus sees. A model that
+adds its bias twice (MambaVision) keeps both. Requires the linear's result to feed this scan alone,
+and fp32: a linear takes a bias of its own dtype, and rounding the sum would change numbers.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+import ouro_compiler.ops  # noqa: F401  (registers torch.ops.ouro)
 from ouro_compiler.graph import (
     add_constant,
     all_arguments,
@@ -17,6 +19,7 @@ from ouro_compiler.graph import (
     delete_unused_constants,
     get_constant,
     is_op,
+    value_of,
 )
 from ouro_compiler.passes.base import PassContext
 
@@ -41,10 +44,11 @@ def fold_delta_bias(gm: fx.GraphModule, ctx: PassContext) -> bool:
         if rest and rest[0] is not None and bias is None:
             continue
         assert isinstance(weight, fx.Node)
+        if value_of(linear).dtype != torch.float32:
+            continue
         total = delta_bias.float() if bias is None else bias.float() + delta_bias.float()
         with gm.graph.inserting_before(linear):
-            name = f"{str(weight.target).removesuffix('.weight')}.folded_bias"
-            linear.args = (x, weight, add_constant(gm, name, total))
+            linear.args = (x, weight, add_constant(gm, _bias_name(weight, linear), total))
         arguments[7] = None
         scan.args, scan.kwargs = tuple(arguments), {}
         modified = True
@@ -62,3 +66,10 @@ def _delta_linear(delta: fx.Node) -> fx.Node | None:
             return None
         node = node.args[0]  # type: ignore[assignment]
     return node if is_op(node, aten.linear.default) and len(node.users) == 1 else None
+
+
+def _bias_name(weight: fx.Node, linear: fx.Node) -> str:
+    """`dt_proj.folded_bias` for `dt_proj.weight`, `dt_weight_folded_bias` for `dt_weight`."""
+    name = str(weight.target) if weight.op == "get_attr" else linear.name
+    layer = name.removesuffix(".weight")
+    return f"{layer}.folded_bias" if layer != name else f"{name}_folded_bias"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+import zipfile
 from collections.abc import Mapping
 from os import PathLike
 from typing import Any
@@ -45,6 +46,15 @@ def save(model: CompiledModel, path: str | PathLike[str]) -> None:
     from ouro_compiler.archive import write_archive
 
     write_archive(model.program, path, model.manifest)
+
+
+def is_artifact(path: str | PathLike[str]) -> bool:
+    """Does this file say that it is an ouro artefact? Nothing in it is trusted or loaded."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/extra/ouro.json") for name in archive.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return False
 
 
 def load(

@@ -23,6 +23,7 @@ class CompiledModel(nn.Module):
     ) -> None:
         super().__init__()
         self.program, self.manifest = program, dict(manifest)
+        self.seconds: dict[str, float] = {}  # what compiling took, by stage; not stored
         module = program.module(check_guards=False)
         assert isinstance(module, fx.GraphModule)
         self.graph_module = module

@@ -1,0 +1,227 @@
+"""`ouro compile`: from a file and options to an artefact, a table and a report."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ouro_compiler.cli.console import human_bytes, print_table, progress_bars, write_json
+from ouro_compiler.config import PRESETS, QuantConfig, Target
+from ouro_compiler.errors import OuroError, UsageError, VerificationError
+
+if TYPE_CHECKING:
+    from ouro_compiler.data import ImageData
+    from ouro_compiler.frontend.checkpoint import LoadedModel
+    from ouro_compiler.runtime.compiled_model import CompiledModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompileRequest:
+    """The command's options, as given."""
+
+    model: Path
+    preset: str
+    output: Path | None
+    calibration: str | None
+    images: int
+    ssm: Any
+    outliers: Any
+    target: Target | Any
+    arch: str | None
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+    verify: str | None
+    max_drop: float | None
+    dry_run: bool
+    strict: bool
+    report: Path | None
+    batch_size: int
+    seed: int
+    allow_pickle: bool
+    quiet: bool
+
+    @property
+    def config(self) -> QuantConfig:
+        """The preset with the options applied."""
+        preset = PRESETS[self.preset]
+        return dataclasses.replace(
+            preset,
+            activations=dataclasses.replace(preset.activations, outliers=self.outliers),
+            ssm=self.ssm,
+            include=self.include,
+            exclude=self.exclude,
+            seed=self.seed,
+        )
+
+    @property
+    def destination(self) -> Path:
+        """Where the artefact goes."""
+        return self.output or Path(f"{self.model.stem}.{self.preset}.pt2")
+
+
+def run(request: CompileRequest) -> None:
+    """Do what the command says. Raises OuroError subclasses; nothing is left half-written."""
+    _check(request)
+    from ouro_compiler.frontend.checkpoint import load_model
+
+    loaded = load_model(request.model, arch=request.arch, allow_pickle=request.allow_pickle)
+    if request.dry_run:
+        _dry_run(request, loaded)
+        return
+    calibration = _calibration(request, loaded)
+    verify = _verification(request, loaded)
+    compiled = _compile(request, loaded, calibration, verify)
+    report = {**compiled.report, "seconds": compiled.seconds}
+    failure = _verdict(request, report)
+    if failure is None:
+        compiled.save(request.destination)
+    if request.report is not None:
+        write_json(request.report, report)
+    if not request.quiet:
+        _print_result(request, report, saved=failure is None)
+    if failure is not None:
+        raise failure
+
+
+def _check(request: CompileRequest) -> None:
+    """Refuse before any work what cannot end well."""
+    if request.max_drop is not None and request.verify is None:
+        raise UsageError("--max-drop needs --verify DATA to measure a drop on")
+    if request.calibration is None and not request.dry_run:
+        raise UsageError(
+            "no calibration images: pass --calibration with a folder of images, an .npz or "
+            ".safetensors of arrays, or 'noise'"
+        )
+    for option, path in (("--output", request.destination), ("--report", request.report)):
+        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+            raise UsageError(f"{option} {path}: not a file in an existing folder")
+    if request.verify is not None and not request.dry_run:
+        from ouro_compiler.runtime.compiled_model import resolve_device
+
+        resolve_device(request.target)  # verification runs on the target
+
+
+def _calibration(request: CompileRequest, loaded: LoadedModel) -> ImageData:
+    from ouro_compiler.data import noise_images, open_images
+
+    assert request.calibration is not None
+    if request.calibration == "noise":
+        return noise_images(loaded.preprocessing, request.images, request.seed)
+    return open_images(
+        request.calibration, loaded.preprocessing, limit=request.images, seed=request.seed
+    )
+
+
+def _verification(request: CompileRequest, loaded: LoadedModel) -> ImageData | None:
+    from ouro_compiler.data import open_images
+
+    if request.verify is None:
+        return None
+    images = open_images(request.verify, loaded.preprocessing)
+    if images.labels is None:
+        raise UsageError(
+            f"--verify {request.verify}: no labels there; use class folders or a 'labels' array"
+        )
+    return images
+
+
+def _compile(
+    request: CompileRequest,
+    loaded: LoadedModel,
+    calibration: ImageData,
+    verify: ImageData | None,
+) -> CompiledModel:
+    from ouro_compiler.compiler import compile
+
+    with progress_bars(request.quiet) as progress:
+        return compile(
+            loaded.module,
+            loaded.example,
+            request.config,
+            calibration=calibration,
+            verify=verify,
+            target=request.target,
+            preprocessing=loaded.preprocessing,
+            strict=request.strict,
+            batch_size=request.batch_size,
+            progress=progress,
+        )
+
+
+def _verdict(request: CompileRequest, report: dict[str, Any]) -> OuroError | None:
+    """Why verification failed, None if it did not."""
+    before, after = report["accuracy"]["before"], report["accuracy"]["after"]
+    if request.max_drop is not None and before is not None:
+        drop = 100 * (before - after)
+        if drop > request.max_drop + 1e-9:
+            return VerificationError(
+                f"accuracy fell by {drop:.2f} points, {request.max_drop:g} are allowed: "
+                "no artefact was written"
+            )
+    return None
+
+
+def _dry_run(request: CompileRequest, loaded: LoadedModel) -> None:
+    from ouro_compiler.compiler import plan_layers
+
+    rows = plan_layers(loaded.module, loaded.example, request.config, strict=request.strict)
+    if request.report is not None:
+        from ouro_compiler.report import Report
+
+        write_json(request.report, Report(config=request.config.to_dict(), layers=rows).to_dict())
+    if request.quiet:
+        return
+    from rich.table import Table
+
+    table = Table("layer", "kind", "would be", "weights", "activations", "reason")
+    for row in rows:
+        bits = [str(one) if one else "-" for one in (row.weight_bits, row.activation_bits)]
+        table.add_row(row.name, row.kind, row.status, *bits, row.reason or "")
+    print_table(table)
+
+
+def _print_result(request: CompileRequest, report: dict[str, Any], *, saved: bool) -> None:
+    from rich.table import Table
+
+    layers, size, acc = report["layers"], report["bytes"], report["accuracy"]
+    table = Table(show_header=False)
+    table.add_row(
+        "layers quantized",
+        f"{layers['quantized']} of {layers['total']} ({layers['simulated']} simulated)",
+    )
+    for (kind, reason, selected), names in _skipped(layers["rows"]).items():
+        label = f"{len(names)} {kind} left in floating point"
+        table.add_row(label + (" (REFUSED)" if selected else ""), reason)
+    ratio = size["fp16"] / max(1, size["stored"])
+    table.add_row(
+        "parameters and scales",
+        f"{human_bytes(size['fp16'])} in fp16 -> {human_bytes(size['stored'])} ({ratio:.2f}x)",
+    )
+    snr = report["logits_snr_db"]
+    shown = "no difference" if snr is None else f"{snr:.2f} dB"
+    table.add_row("SNR of the logits", f"{shown} on {report['snr_data']}")
+    table.add_row("outlier share", f"{100 * report['outlier_share']:.2f} % of activations")
+    if acc["before"] is not None:
+        table.add_row(
+            "accuracy",
+            f"{100 * acc['before']:.2f} % -> {100 * acc['after']:.2f} % on {report['snr_data']}",
+        )
+    for note in report["notes"]:
+        table.add_row("note", note)
+    table.add_row("time", f"{sum(report['seconds'].values()):.1f} s")
+    print_table(table)
+    if saved:
+        print(request.destination, file=sys.stdout)
+
+
+def _skipped(rows: list[dict[str, Any]]) -> dict[tuple[str, str, bool], list[str]]:
+    """Names of skipped layers by (kind, reason, selected)."""
+    found: dict[tuple[str, str, bool], list[str]] = {}
+    for row in rows:
+        if row["status"] == "skipped":
+            key = (row["kind"], row["reason"], row["selected"])
+            found.setdefault(key, []).append(row["name"])
+    return found

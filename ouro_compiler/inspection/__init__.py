@@ -1,0 +1,1 @@
+"""Looking at graphs: rows of nodes for tables and JSON."""

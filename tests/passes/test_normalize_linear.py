@@ -1,0 +1,418 @@
+"""normalize_linear: every spelling of a linear layer becomes aten.linear on (B, L, K)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ouro_compiler.graph import get_constant, value_of
+from ouro_compiler.passes.normalize_linear import normalize_linear
+from tests.helpers import randn
+from tests.passes.graphs import (
+    Written,
+    assert_leaves_alone,
+    assert_pass,
+    aten,
+    calls,
+    capture_small,
+    count,
+    ouro,
+    run,
+)
+
+LINEAR = aten.linear.default
+RESHAPE = aten.reshape.default
+PERMUTE = aten.permute.default
+TOLERANCE = 1e-6
+TOKENS = randn(0, 2, 9, 8)
+CHANNELS_FIRST = randn(1, 2, 8, 9)
+IMAGE = randn(2, 2, 8, 3, 5)
+
+
+def _weight(*shape: int) -> Tensor:
+    return randn(3, *shape) * 0.3
+
+
+def _in_proj(m: Any, x: Tensor) -> Tensor:
+    """W @ (K, B L), as Mamba writes it."""
+    batch, length, channels = x.shape
+    flat = x.permute(2, 0, 1).reshape(channels, batch * length)
+    return (m.proj.weight @ flat).reshape(-1, batch, length).permute(1, 0, 2)
+
+
+PRODUCTS: dict[str, tuple[Callable[[Any, Tensor], Tensor], Any]] = {
+    "W @ flat": (_in_proj, aten.matmul.default),
+    "W @ (B, K, L)": (lambda m, x: m.proj.weight @ x.transpose(1, 2), aten.matmul.default),
+    "x @ W.t()": (lambda m, x: x @ m.proj.weight.t(), aten.matmul.default),
+    "mm": (
+        lambda m, x: torch.mm(x.reshape(-1, 8), m.proj.weight.t()).reshape(-1, 9, 6),
+        aten.mm.default,
+    ),
+    "addmm": (
+        lambda m, x: torch.addmm(m.proj.bias, x.flatten(0, 1), m.proj.weight.T).view(-1, 9, 6),
+        aten.addmm.default,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products_with_a_parameter_become_linears(name: str) -> None:
+    function, target = PRODUCTS[name]
+    module = Written(function, proj=nn.Linear(8, 6))
+    gm = assert_pass(
+        normalize_linear,
+        module,
+        TOKENS,
+        before={target: 1, LINEAR: 0},
+        after={target: 0, LINEAR: 1, RESHAPE: 0, aten.view.default: 0},
+        tolerance=TOLERANCE,
+    )
+    (linear,) = calls(gm, LINEAR)
+    assert value_of(linear.args[0]).shape[1:] == (9, 8)
+    assert linear.args[1].target == "proj.weight"  # the parameter itself, not a copy
+
+
+def test_a_bare_parameter_on_the_right_is_transposed_once() -> None:
+    gm = assert_pass(
+        normalize_linear,
+        Written(lambda m, x: x @ m.w, w=_weight(8, 6)),
+        TOKENS,
+        before={aten.matmul.default: 1},
+        after={aten.matmul.default: 0, LINEAR: 1},
+        tolerance=TOLERANCE,
+    )
+    assert get_constant(gm, calls(gm, LINEAR)[0].args[1]).shape == (6, 8)
+
+
+def test_conv2d_of_one_pixel() -> None:
+    gm = assert_pass(
+        normalize_linear,
+        Written(lambda m, x: m.proj(x), proj=nn.Conv2d(8, 6, 1)),
+        IMAGE,
+        before={aten.conv2d.default: 1},
+        after={aten.conv2d.default: 0, LINEAR: 1},
+        tolerance=TOLERANCE,
+    )
+    (linear,) = calls(gm, LINEAR)
+    assert value_of(linear.args[0]).shape[1:] == (15, 8)
+    assert str(linear.args[1].target).startswith("proj.weight")
+
+
+def test_conv2d_with_a_reshaped_matrix_keeps_the_matrix() -> None:
+    """Linear2d: a (O, K) weight made a kernel on the way."""
+    gm = assert_pass(
+        normalize_linear,
+        Written(
+            lambda m, x: F.conv2d(x, m.proj.weight[:, :, None, None], m.proj.bias),
+            proj=nn.Linear(8, 6),
+        ),
+        IMAGE,
+        before={aten.conv2d.default: 1},
+        after={aten.conv2d.default: 0, LINEAR: 1, aten.unsqueeze.default: 0},
+        tolerance=TOLERANCE,
+    )
+    assert calls(gm, LINEAR)[0].args[1].target == "proj.weight"
+
+
+def test_nothing_is_rearranged_between_two_linears_on_an_image() -> None:
+    gm = assert_pass(
+        normalize_linear,
+        Written(
+            lambda m, x: m.b(F.silu(m.a(x))), a=nn.Conv2d(8, 6, 1), b=nn.Conv2d(6, 4, 1)
+        ),
+        IMAGE,
+        before={aten.conv2d.default: 2},
+        after={aten.conv2d.default: 0, LINEAR: 2, aten.silu.default: 1},
+        tolerance=TOLERANCE,
+    )
+    first, second = calls(gm, LINEAR)
+    assert value_of(second.args[0]).shape[1:] == (15, 6)
+    assert value_of(first).shape[1:] == (15, 6)
+
+
+def test_conv1d_of_one_token() -> None:
+    gm = assert_pass(
+        normalize_linear,
+        Written(lambda m, x: m.proj(x), proj=nn.Conv1d(8, 6, 1)),
+        CHANNELS_FIRST,
+        before={aten.conv1d.default: 1},
+        after={aten.conv1d.default: 0, LINEAR: 1},
+        tolerance=TOLERANCE,
+    )
+    assert value_of(calls(gm, LINEAR)[0].args[0]).shape[1:] == (9, 8)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_grouped_conv1d_is_one_linear_a_group(bias: bool) -> None:
+    gm = assert_pass(
+        normalize_linear,
+        Written(lambda m, x: m.x_proj(x), x_proj=nn.Conv1d(8, 6, 1, groups=2, bias=bias)),
+        CHANNELS_FIRST,
+        before={aten.conv1d.default: 1},
+        after={aten.conv1d.default: 0, LINEAR: 2, aten.cat.default: 1},
+        tolerance=TOLERANCE,
+    )
+    names = [linear.args[1].target for linear in calls(gm, LINEAR)]
+    assert names == ["x_proj.weight_0", "x_proj.weight_1"]
+    assert [value_of(one.args[0]).shape[1:] for one in calls(gm, LINEAR)] == [(9, 4), (9, 4)]
+
+
+def test_grouped_conv1d_over_directions() -> None:
+    """VMamba: (B, K, D, L) through a bare parameter (K, c, D) of all directions."""
+    gm = assert_pass(
+        normalize_linear,
+        Written(
+            lambda m, x: F.conv1d(
+                x.view(x.shape[0], 8, 9), m.x_proj_weight.view(6, 4, 1), groups=2
+            ).view(x.shape[0], 2, 3, 9),
+            x_proj_weight=_weight(2, 3, 4),
+        ),
+        CHANNELS_FIRST.reshape(2, 2, 4, 9),
+        before={aten.conv1d.default: 1},
+        after={aten.conv1d.default: 0, LINEAR: 2},
+        tolerance=TOLERANCE,
+    )
+    names = [linear.args[1].target for linear in calls(gm, LINEAR)]
+    assert names == ["x_proj_weight_0", "x_proj_weight_1"]
+
+
+EINSUMS = {
+    "b k d l, k c d -> b k c l": ((2, 2, 4, 9), (2, 3, 4), 2),
+    "bkdl,kcd->bkcl": ((2, 2, 4, 9), (2, 3, 4), 2),
+    "x n m t, n m o -> n x t o": ((2, 2, 4, 9), (2, 4, 3), 2),
+    "kcd,bkdl->bkcl": ((2, 2, 4, 9), (2, 3, 4), 2),
+    "b l d, c d -> b c l": ((2, 9, 4), (3, 4), 1),
+}
+
+
+@pytest.mark.parametrize("equation", EINSUMS)
+def test_einsum_is_one_linear_a_group(equation: str) -> None:
+    shape, weight, linears = EINSUMS[equation]
+    first = equation.startswith("kcd")
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return torch.einsum(equation, *((m.w, x) if first else (x, m.w)))
+
+    gm = assert_pass(
+        normalize_linear,
+        Written(forward, w=_weight(*weight)),
+        randn(5, *shape),
+        before={aten.einsum.default: 1},
+        after={aten.einsum.default: 0, LINEAR: linears},
+        tolerance=TOLERANCE,
+    )
+    for linear in calls(gm, LINEAR):
+        assert value_of(linear.args[0]).shape[1:] == (9, 4)
+
+
+FLATTENINGS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "reshape": lambda m, x: m.proj(x.reshape(-1, 8)).reshape(-1, 9, 6),
+    "flatten": lambda m, x: m.proj(x.flatten(0, 1)).unflatten(0, (-1, 9)),
+    "from channels first": lambda m, x: m.proj(
+        x.transpose(1, 2).contiguous().transpose(1, 2).reshape(-1, 8)
+    ).view(-1, 9, 6),
+    "tokens before samples": lambda m, x: (
+        m.proj(x.transpose(0, 1).reshape(-1, 8)).reshape(9, -1, 6).transpose(0, 1)
+    ),
+    "tokens outermost": lambda m, x: m.proj(x.transpose(0, 1)).transpose(0, 1),
+    "unit dimension": lambda m, x: m.proj(x.reshape(-1, 8)[None]).squeeze(0).reshape(-1, 9, 6),
+}
+
+
+@pytest.mark.parametrize("name", FLATTENINGS)
+def test_a_flattened_linear_moves_in_front_of_the_flattening(name: str) -> None:
+    gm = assert_pass(
+        normalize_linear,
+        Written(FLATTENINGS[name], proj=nn.Linear(8, 6)),
+        TOKENS,
+        before={LINEAR: 1},
+        after={LINEAR: 1, RESHAPE: 0, PERMUTE: 0, aten.view.default: 0, aten.flatten.using_ints: 0},
+        tolerance=TOLERANCE,
+    )
+    (linear,) = calls(gm, LINEAR)
+    assert linear.args[0].op == "placeholder"
+
+
+def test_splits_slices_and_activations_between_flattened_linears_move_along() -> None:
+    def forward(m: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        length = x.shape[2]
+        wide = m.x_proj(x.permute(0, 2, 1).reshape(-1, 8))
+        dt = m.dt_proj.weight @ F.silu(wide[:, :2]).t()
+        B, C = wide[:, 2:].split([3, 3], dim=-1)
+        return (
+            dt.reshape(5, -1, length).permute(1, 0, 2),
+            B.reshape(-1, length, 3).permute(0, 2, 1).contiguous(),
+            C.reshape(-1, length, 3).permute(0, 2, 1).contiguous(),
+        )
+
+    gm = assert_pass(
+        normalize_linear,
+        Written(forward, x_proj=nn.Linear(8, 8), dt_proj=nn.Linear(2, 5)),
+        CHANNELS_FIRST,
+        before={LINEAR: 1, aten.matmul.default: 1},
+        after={
+            LINEAR: 2,
+            aten.matmul.default: 0,
+            RESHAPE: 0,
+            aten.contiguous.default: 0,
+            aten.t.default: 0,
+            PERMUTE: 4,
+        },
+        tolerance=TOLERANCE,
+    )
+    assert all(value_of(linear.args[0]).dim() == 3 for linear in calls(gm, LINEAR))
+
+
+def test_a_linear_on_four_dimensions_becomes_one_on_tokens() -> None:
+    gm = assert_pass(
+        normalize_linear,
+        Written(lambda m, x: m.proj(x.permute(0, 2, 3, 1)), proj=nn.Linear(8, 6)),
+        IMAGE,
+        before={LINEAR: 1},
+        after={LINEAR: 1},
+        tolerance=TOLERANCE,
+    )
+    assert value_of(calls(gm, LINEAR)[0].args[0]).shape[1:] == (15, 8)
+
+
+CHAINS: dict[str, tuple[Callable[[Any, Tensor], Tensor], int, int]] = {
+    "round trip": (
+        lambda m, x: x.permute(2, 0, 1).reshape(8, -1).reshape(8, -1, 9).permute(1, 2, 0) * 2,
+        0,
+        0,
+    ),
+    "one transpose": (
+        lambda m, x: x.permute(2, 0, 1).reshape(8, -1).reshape(8, -1, 9).permute(1, 0, 2) * 2,
+        1,
+        0,
+    ),
+    "a split axis": (
+        lambda m, x: x.reshape(-1, 3, 3, 8).permute(0, 3, 1, 2).flatten(2).transpose(1, 2) * 2,
+        0,
+        0,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_a_chain_of_views_is_as_short_as_it_can_be(name: str) -> None:
+    function, permutes, reshapes = CHAINS[name]
+    assert_pass(
+        normalize_linear,
+        Written(function),
+        TOKENS,
+        before={},
+        after={PERMUTE: permutes, RESHAPE: reshapes, aten.transpose.int: 0},
+    )
+
+
+def test_view_becomes_reshape() -> None:
+    assert_pass(
+        normalize_linear,
+        Written(lambda m, x: x.view(x.shape[0], 3, 24) * 2),
+        TOKENS,
+        before={aten.view.default: 1},
+        after={aten.view.default: 0, RESHAPE: 1},
+    )
+
+
+def _in_place(m: Any, x: Tensor) -> Tensor:
+    y = x * 2
+    flat = y.reshape(-1, 8)
+    flat.add_(1)
+    return m.proj(flat)
+
+
+NEAR_MISSES: dict[str, tuple[nn.Module, Tensor]] = {
+    "linear on tokens": (Written(lambda m, x: m.proj(x), proj=nn.Linear(8, 6)), TOKENS),
+    "head": (Written(lambda m, x: m.proj(x[:, 0]), proj=nn.Linear(8, 6)), TOKENS),
+    "head on all": (Written(lambda m, x: m.proj(x.flatten(1)), proj=nn.Linear(72, 6)), TOKENS),
+    "windows": (
+        Written(lambda m, x: m.proj(x.reshape(-1, 3, 8)), proj=nn.Linear(8, 6)),
+        TOKENS,
+    ),
+    "two activations": (Written(lambda m, x: x @ x.transpose(1, 2)), TOKENS),
+    "parameter of rank 3": (Written(lambda m, x: m.w @ x, w=_weight(1, 6, 9)), TOKENS),
+    "vector": (Written(lambda m, x: x @ m.w, w=_weight(8)), TOKENS),
+    "addmm with alpha": (
+        Written(
+            lambda m, x: torch.addmm(m.b, x[:, 0], m.w, alpha=2.0), b=_weight(6), w=_weight(8, 6)
+        ),
+        TOKENS,
+    ),
+    "depthwise, one tap": (
+        Written(lambda m, x: m.c(x), c=nn.Conv1d(8, 8, 1, groups=8)),
+        CHANNELS_FIRST,
+    ),
+    "depthwise, four taps": (
+        Written(lambda m, x: m.c(x), c=nn.Conv1d(8, 8, 4, groups=8, padding=3)),
+        CHANNELS_FIRST,
+    ),
+    "kernel of three": (Written(lambda m, x: m.c(x), c=nn.Conv2d(8, 6, 3, padding=1)), IMAGE),
+    "stride": (Written(lambda m, x: m.c(x), c=nn.Conv2d(8, 6, 1, stride=2)), IMAGE),
+    "padding": (Written(lambda m, x: m.c(x), c=nn.Conv2d(8, 6, 1, padding=1)), IMAGE),
+    "groups": (Written(lambda m, x: m.c(x), c=nn.Conv2d(8, 6, 1, groups=2)), IMAGE),
+    "einsum, two contractions": (
+        Written(lambda m, x: torch.einsum("bld,ld->b", x, m.w), w=_weight(9, 8)),
+        TOKENS,
+    ),
+    "einsum, elementwise": (
+        Written(lambda m, x: torch.einsum("bld,ld->bld", x, m.w), w=_weight(9, 8)),
+        TOKENS,
+    ),
+    "einsum, broadcast": (
+        Written(lambda m, x: torch.einsum("bkl,kcl->bkc", x, m.w), w=_weight(1, 6, 8)),
+        TOKENS,
+    ),
+    "in place": (Written(_in_place, proj=nn.Linear(8, 6)), TOKENS),
+}
+
+
+@pytest.mark.parametrize("name", NEAR_MISSES)
+def test_near_misses_stay(name: str) -> None:
+    module, x = NEAR_MISSES[name]
+    assert_leaves_alone(normalize_linear, module, x)
+
+
+def test_views_that_only_look_like_the_layout_are_not_taken_for_it() -> None:
+    """(B L) read as (L B): sizes multiply to the same, tokens would be mixed up."""
+    module = Written(
+        lambda m, x: m.proj(x.reshape(-1, 8)).reshape(9, x.shape[0], 6).permute(1, 0, 2) * 1,
+        proj=nn.Linear(8, 6),
+    )
+    gm = capture_small(module, TOKENS)
+    batch = randn(7, 5, 9, 8)
+    expected = gm(batch)
+    run(gm, normalize_linear)
+    assert count(gm, RESHAPE) >= 1
+    torch.testing.assert_close(gm(batch), expected, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_a_reshape_that_mixes_axes_is_a_source_of_its_own() -> None:
+    """(6, 9) read as (27, 2) has no whole axis in common with it."""
+    gm = assert_pass(
+        normalize_linear,
+        Written(
+            lambda m, x: m.proj(x.reshape(-1, 27, 2).flatten(0, 1)), proj=nn.Linear(2, 3)
+        ),
+        randn(6, 2, 6, 9),
+        before={LINEAR: 1},
+        after={LINEAR: 1, RESHAPE: 2},
+        tolerance=TOLERANCE,
+    )
+    assert value_of(calls(gm, LINEAR)[0].args[0]).shape[1:] == (27, 2)
+
+
+def test_layouts_chosen_later_do_not_break_views() -> None:
+    module = Written(
+        lambda m, x: ouro.causal_conv1d(x, m.w, None, True, False).reshape(x.shape[0], 2, 4, 9),
+        w=_weight(8, 4),
+    )
+    gm = capture_small(module, CHANNELS_FIRST)
+    assert not run(gm, normalize_linear)
+    assert gm(CHANNELS_FIRST).shape == (2, 2, 4, 9)
