@@ -133,11 +133,6 @@ def test_batch_invariance(reverse: bool) -> None:
     assert_batch_invariant(lambda x: op(x, weight, bias, False, reverse), x)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="ATen's vectorised SiLU and its tail differ by an ulp: not bit-exact (T33)",
-)
 def test_batch_invariance_with_silu() -> None:
     weight, bias = randn(1, 13, 4), randn(2, 13)
     x = randn(0, 31, 13, 9)

@@ -122,10 +122,5 @@ def test_opcheck(k: int) -> None:
     assert_opcheck(unpack, (pack(codes), k))
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=OpCheckError,
-    reason="pack_int4 of a transposed input returns other strides than its fake",
-)
 def test_opcheck_of_a_transposed_input() -> None:
     assert_opcheck(pack, (_codes(3, 6, 5).t(),))

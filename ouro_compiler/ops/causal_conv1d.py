@@ -12,6 +12,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from ouro_compiler.ops import activations
 from ouro_compiler.ops.library import (
     as_token_major,
     define_op,
@@ -33,8 +34,9 @@ def causal_conv1d_ref(
     # A reversed causal convolution looks ahead: pad on the right and mirror the taps.
     padding = (0, width - 1) if reverse else (width - 1, 0)
     taps = weight.flip(-1) if reverse else weight
-    y = F.conv1d(F.pad(x, padding), taps[:, None], bias, groups=x.shape[1])
-    return as_token_major(F.silu(y) if silu else y)
+    shift = None if bias is None else bias.to(x.dtype)
+    y = F.conv1d(F.pad(x, padding), taps[:, None].to(x.dtype), shift, groups=x.shape[1])
+    return as_token_major(activations.silu(y) if silu else y)
 
 
 def _fake(x: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:

@@ -18,12 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ouro_compiler.ops.activations import silu, softplus
 from ouro_compiler.ops.library import define_op, reject
 from ouro_compiler.ops.packing import unpack_int4_ref
 from ouro_compiler.ops.quantize import KEEP_FLOAT_BITS, dequantize_codes, listed_mask
 
 NAME = "linear_dynamic_outlier"
-ACTIVATIONS = {"none": lambda y: y, "silu": F.silu, "softplus": F.softplus}
+ACTIVATIONS = {"none": lambda y: y, "silu": silu, "softplus": softplus}
 # torch._int_mm on a CPU is wrong for one reduction column; zero columns change no product.
 _MIN_REDUCTION = 16
 
@@ -39,9 +40,12 @@ def int_matmul(a: Tensor, b: Tensor) -> Tensor:
     return torch._int_mm(a, b)
 
 
-def unpacked_weight(qweight: Tensor, columns: int) -> Tensor:
+def unpacked_weight(qweight: Tensor, columns: int, name: str = NAME) -> Tensor:
     """int8 codes (O, K) from int8 codes (O, K) or packed uint8 (O, ceil(K/2))."""
-    return unpack_int4_ref(qweight, columns) if qweight.dtype == torch.uint8 else qweight
+    weight = unpack_int4_ref(qweight, columns) if qweight.dtype == torch.uint8 else qweight
+    if weight.shape[1] != columns:
+        reject(name, f"qweight has {weight.shape[1]} columns, expected {columns}")
+    return weight
 
 
 def dequantize_weight_ref(
@@ -49,8 +53,8 @@ def dequantize_weight_ref(
 ) -> Tensor:
     """fp32 (O, K) from codes, packed or not; scale and zero point are (O,) or (1,)."""
     zero = None if zero_point is None else zero_point.float()[:, None]
-    codes = unpacked_weight(qweight, columns)
-    return dequantize_codes(codes, weight_scale.float()[:, None], zero, bits)
+    codes = unpacked_weight(qweight, columns, "dequantize_weight")
+    return dequantize_codes(codes, weight_scale.float()[:, None], zero, bits).contiguous()
 
 
 def linear_dynamic_outlier_ref(
@@ -75,8 +79,8 @@ def linear_dynamic_outlier_ref(
     if activation not in ACTIVATIONS:
         reject(NAME, f"activation {activation!r} is none of {', '.join(ACTIVATIONS)}")
     weight = unpacked_weight(qweight, columns)
-    if weight.shape[1] != columns:
-        reject(NAME, f"codes have {columns} channels and qweight {weight.shape[1]}")
+    if inlier_scale.shape != codes.shape[1:2]:
+        reject(NAME, f"inlier_scale must be ({length},), got {tuple(inlier_scale.shape)}")
     rows = codes.reshape(-1, columns)
     acc = int_matmul(rows, weight.t())
     per_row = inlier_scale.float().expand(batch, -1).reshape(-1, 1)
@@ -88,7 +92,9 @@ def linear_dynamic_outlier_ref(
             raise ValueError(f"ouro::{NAME}: outlier_bits 16 reads x: pass it")
         kept = torch.where(listed, x.reshape(-1, columns).float(), 0.0)[:, union]
         y = acc.float() * per_row * per_column
-        y = y + kept @ (weight[:, union].float() * per_column[:, None]).t()
+        # In fp64: the order of a sum over the batch's union must not show in a sample's result.
+        exact = kept.double() @ weight[:, union].double().t()
+        y = y + exact.float() * per_column
     else:
         outliers = torch.where(listed, rows, 0)[:, union]
         acc_o = int_matmul(outliers, weight[:, union].t())

@@ -29,6 +29,10 @@ def add_norm_ref(
     """The definition. x and residual (..., K); weight and bias (K,)."""
     if weight.shape != x.shape[-1:]:
         reject(NAME, f"weight must have shape ({x.shape[-1]},), got {tuple(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape:
+        reject(NAME, f"bias must have shape ({x.shape[-1]},), got {tuple(bias.shape)}")
+    if residual is not None and residual.shape != x.shape:
+        reject(NAME, f"residual must have x's shape {tuple(x.shape)}, got {tuple(residual.shape)}")
     total = x.float() if residual is None else x.float() + residual.float()
     if rms:
         y = total * torch.rsqrt(total.square().mean(-1, keepdim=True) + eps) * weight.float()

@@ -20,7 +20,7 @@ def pack_int4_ref(codes: Tensor) -> Tensor:
     padded = F.pad(codes, (0, codes.shape[-1] % 2))
     low, high = padded.chunk(2, dim=-1)
     # In uint8 arithmetic a negative code keeps its low nibble: -1 -> 0xFF -> 0xF.
-    return (low.view(torch.uint8) & 0xF) | (high.view(torch.uint8) << 4)
+    return ((low.view(torch.uint8) & 0xF) | (high.view(torch.uint8) << 4)).contiguous()
 
 
 def unpack_int4_ref(packed: Tensor, length: int) -> Tensor:

@@ -28,6 +28,7 @@ from torch import Tensor
 from ouro_compiler.ops.library import define_op, reject
 
 MIN_SCALE = 1e-8
+TRIGGERS = ("gated", "always", "global_any")
 KEEP_FLOAT_BITS = 16  # outlier_bits at which outliers stay in floating point
 
 
@@ -89,6 +90,8 @@ def outlier_start_ref(
     (sample, window); "always" at every step; "global_any" lets any sample or window open the gate
     for all: it breaks batch invariance and exists to reproduce a published release.
     """
+    if trigger not in TRIGGERS:
+        raise ValueError(f"trigger must be one of {', '.join(TRIGGERS)}, got {trigger!r}")
     batch, length, channels = magnitude.shape
     if reverse:
         magnitude, limit, threshold = magnitude.flip(1), limit.flip(0), threshold.flip(0)
@@ -148,7 +151,16 @@ def _encode(
     return torch.where(listed, outliers, inliers).to(torch.int8), outlier_scale
 
 
-def _check(name: str, x: Tensor, per_token: tuple[Tensor | None, ...], refresh_period: int) -> None:
+def _check(
+    name: str,
+    x: Tensor,
+    per_token: tuple[Tensor | None, ...],
+    inlier_bits: int,
+    outlier_bits: int,
+    refresh_period: int,
+) -> None:
+    if not 2 <= inlier_bits <= 8 or not (2 <= outlier_bits <= 8 or outlier_bits == KEEP_FLOAT_BITS):
+        reject(name, f"{inlier_bits} inlier and {outlier_bits} outlier bits do not fit int8 codes")
     if x.dim() != 3:
         reject(name, f"x must be (B, L, K), got {tuple(x.shape)}")
     for vector in per_token:
@@ -169,7 +181,8 @@ def quantize_dynamic_outlier_ref(
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(codes, outlier_scale, outlier_start); see the module docstring."""
-    _check("quantize_dynamic_outlier", x, (inlier_scale, zero_point, threshold), refresh_period)
+    per_token = (inlier_scale, zero_point, threshold)
+    _check("quantize_dynamic_outlier", x, per_token, inlier_bits, outlier_bits, refresh_period)
     x = x.float()
     zero = None if zero_point is None else zero_point.float()
     middle, limit = inlier_interval(inlier_scale.float(), zero, inlier_bits)
@@ -191,7 +204,8 @@ def quantize_static_outlier_ref(
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As the dynamic form, with a fixed list: channels is int64 (n,) (METHODS 3.4 row 19)."""
-    _check("quantize_static_outlier", x, (inlier_scale, zero_point), refresh_period)
+    per_token = (inlier_scale, zero_point)
+    _check("quantize_static_outlier", x, per_token, inlier_bits, outlier_bits, refresh_period)
     x = x.float()
     start = _fake_start(x, refresh_period)
     start.fill_(torch.iinfo(start.dtype).max)

@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ouro_compiler.ops.activations import silu, softplus
 from ouro_compiler.ops.library import (
     LIBRARY,
     as_token_major,
@@ -51,7 +51,7 @@ def selective_scan_ref(
     if delta_bias is not None:
         step = step + delta_bias.float()[:, None]
     if delta_softplus:
-        step = F.softplus(step)
+        step = softplus(step)
     x = u.float()
     b, c = (_per_channel(t, channels) for t in (B, C))
     h = x.new_zeros(batch, channels, A.shape[1])
@@ -63,7 +63,7 @@ def selective_scan_ref(
     if D is not None:
         y = y + x * D.float()[:, None]
     if z is not None:
-        y = y * F.silu(z.float())
+        y = y * silu(z.float())
     return as_token_major(y.to(u.dtype))
 
 
@@ -87,16 +87,23 @@ def _check(
         reject(NAME, f"u, delta and z must share one shape (B, D, L), got u {tuple(u.shape)}")
     if A.dim() != 2 or A.shape[0] != u.shape[1] or A.is_complex():
         reject(NAME, f"A must be real, of shape (D, N), got {tuple(A.shape)} for D = {u.shape[1]}")
+    outer = (u.shape[0], A.shape[1], u.shape[2])
     for name, matrix in (("B", B), ("C", C)):
-        if matrix.dim() not in (3, 4) or matrix.shape[-2] != A.shape[1]:
+        if matrix.dim() not in (3, 4) or (matrix.shape[0], *matrix.shape[-2:]) != outer:
+            reject(NAME, f"{name} must be (B, N, L) or (B, G, N, L), got {tuple(matrix.shape)}")
+        if _groups(matrix) != _groups(B) or u.shape[1] % _groups(matrix):
             reject(
-                NAME, f"{name} must be (B, N, L) or (B, G, N, L), got {tuple(matrix.shape)}"
+                NAME,
+                f"B and C need the same number of groups, a divisor of D = {u.shape[1]}, "
+                f"got {_groups(B)} and {_groups(C)}",
             )
-        if matrix.dim() == 4 and u.shape[1] % matrix.shape[1]:
-            reject(NAME, f"D = {u.shape[1]} is no multiple of the {matrix.shape[1]} groups")
     for name, vector in (("D", D), ("delta_bias", delta_bias)):
         if vector is not None and vector.shape != u.shape[1:2]:
             reject(NAME, f"{name} must have shape (D,), got {tuple(vector.shape)}")
+
+
+def _groups(matrix: Tensor) -> int:
+    return 1 if matrix.dim() == 3 else matrix.shape[1]
 
 
 # --- the chunked form: the same recurrence, all elementwise work vectorised over a chunk of time
@@ -117,13 +124,13 @@ class _Operands:
         reverse: bool,
     ) -> None:
         batch, channels, length = u.shape
-        self.groups = 1 if B.dim() == 3 else B.shape[1]
+        self.groups = _groups(B)
         self.shape = (length, batch, self.groups, channels // self.groups)
         self.reverse = reverse
         self.raw_step = self.time_first(delta)
         if delta_bias is not None:
             self.raw_step = self.raw_step + delta_bias.float().view(self.shape[2:])
-        self.step = F.softplus(self.raw_step) if delta_softplus else self.raw_step
+        self.step = softplus(self.raw_step) if delta_softplus else self.raw_step
         self.u = self.time_first(u)
         self.A = A.float().view(*self.shape[2:], -1)
         self.B, self.C = (
@@ -193,7 +200,7 @@ def selective_scan_chunked(
     if D is not None:
         y = y + operands.u * D.float().view(operands.shape[2:])
     if z is not None:
-        y = y * F.silu(operands.time_first(z))
+        y = y * silu(operands.time_first(z))
     return _channels_last(y.to(u.dtype))
 
 
@@ -269,7 +276,7 @@ def selective_scan_backward(
     return (
         _channels_last(grad_u.to(u.dtype)),
         _channels_last(grad_step.to(delta.dtype)),
-        grad_A.view(A.shape).to(A.dtype),
+        grad_A.view(A.shape).to(A.dtype).contiguous(),
         grad_B,
         grad_C,
         grad_D,

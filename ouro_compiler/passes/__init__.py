@@ -6,13 +6,21 @@ from ouro_compiler.passes.base import Pass
 from ouro_compiler.passes.fold_constants import fold_constants
 from ouro_compiler.passes.fold_delta_bias import fold_delta_bias
 from ouro_compiler.passes.fuse_dequantize_epilogue import fuse_dequantize_epilogue
+from ouro_compiler.passes.fuse_direction_flips import fuse_direction_flips
 from ouro_compiler.passes.insert_quantize_dequantize import insert_quantize_dequantize
+from ouro_compiler.passes.normalize_linear import normalize_linear
+from ouro_compiler.passes.raise_causal_conv1d import raise_causal_conv1d
+from ouro_compiler.passes.raise_norm import raise_norm
 from ouro_compiler.passes.remove_noops import remove_noops
 
 NORMALIZE: tuple[Pass, ...] = (
-    remove_noops,
-    fold_constants,
-    fold_delta_bias,
+    remove_noops,  # first: later patterns need not look through casts and dropout
+    normalize_linear,  # before folding, while a layer's weight still has its own name
+    fold_constants,  # reshaped weights and A = -exp(A_log) become constants
+    fold_delta_bias,  # needs the linear behind delta
+    raise_causal_conv1d,  # before flips: they turn its direction, not that of pad + conv + slice
+    raise_norm,
+    fuse_direction_flips,  # last: it walks through the ops that the passes above made
 )
 QUANTIZE: tuple[Pass, ...] = (
     insert_quantize_dequantize,  # needs the calibrated table, so the graph must be normalised

@@ -4,7 +4,8 @@
 2. So do convolutions over one position (1x1 conv2d; conv1d of kernel 1, in groups or not) and
    einsums that contract one axis of a constant, with or without a group axis: one linear a group.
 3. A linear on any flattening or reordering of (B, ..., K) is computed on (B, L, K), which is a
-   permutation of the flattening's source, and the rearrangement moves behind it.
+   permutation of the flattening's source, and the rearrangement moves behind it. B is the one
+   dynamic axis: samples, or windows of samples.
 4. So are what stands between two such linears: splits of channels, and pointwise ops.
 5. A chain of views becomes the shortest chain that computes the same from the same source: a pure
    permutation becomes one permute, and a chain that does nothing disappears.
@@ -97,8 +98,6 @@ class _Arranger:
 
     def run(self) -> bool:
         written = written_in_place(self.gm.graph)
-        inputs = [node for node in self.gm.graph.nodes if node.op == "placeholder"]
-        batch = value_of(inputs[0]).shape[0]
         for node in list(self.gm.graph.nodes):
             if node.op != "call_function" or not node.users:
                 continue
@@ -107,7 +106,7 @@ class _Arranger:
             if node.target in VIEWS:
                 self._shorten(node)
             elif is_op(node, aten.linear.default):
-                self._move_behind_linear(node, batch)
+                self._move_behind_linear(node)
             elif is_op(node, *_SPLITS):
                 self._move_behind_split(node)
             elif is_op(node, *_SLICES):
@@ -148,13 +147,13 @@ class _Arranger:
             self.views[new], self.depth[new] = view, steps.count
         self.modified = True
 
-    def _move_behind_linear(self, node: fx.Node, batch: int | torch.SymInt) -> None:
+    def _move_behind_linear(self, node: fx.Node) -> None:
         x, *parameters = node.args
         view = self._view_of(x)
         if view is None or len(view.dims) < 2:
             return
         tokens = tuple(atom for dim in view.dims[:-1] for atom in dim)
-        samples = [atom for atom in tokens if same_size(atom.size, batch)]
+        samples = [atom for atom in tokens if isinstance(atom.size, torch.SymInt)]
         if len(samples) != 1 or len(tokens) < 2:
             return
         first = view.dims[0][:1]

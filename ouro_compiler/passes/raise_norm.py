@@ -4,7 +4,7 @@
    each product, `x * rsqrt(mean(x^2) + eps) * w` or `x / sqrt(mean(x^2) + eps) * w`, become
    `ouro.add_norm(x, None, w, b, eps, rms, True)[0]`;
 2. where x is `a + b`, both of x's shape, the op adds them; other uses of the sum read its second
-   output. A linear's result goes first, the stream it is added to second.
+   output. A linear's result, scaled or not, goes first, the stream it is added to second.
 
 Only with fp32 throughout: the op computes in fp32 and would round elsewhere than other dtypes do.
 Left alone: norms without a weight, or whose weight or bias is no parameter; more than one
@@ -152,8 +152,13 @@ def _sum(node: fx.Node, written: set[fx.Node]) -> tuple[fx.Node, fx.Node] | None
             return None
     assert isinstance(a, fx.Node)
     assert isinstance(b, fx.Node)
-    swapped = is_op(b, aten.linear.default) and not is_op(a, aten.linear.default)
-    return (b, a) if swapped else (a, b)
+    return (b, a) if _is_branch(b) and not _is_branch(a) else (a, b)
+
+
+def _is_branch(node: fx.Node) -> bool:
+    """A linear's result, scaled or not."""
+    made = node.all_input_nodes if is_op(node, _MUL, aten.div.Tensor) else [node]
+    return any(is_op(one, aten.linear.default) for one in made)
 
 
 def _write(node: fx.Node, norm: _Norm, terms: tuple[fx.Node, fx.Node] | None) -> None:

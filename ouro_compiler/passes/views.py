@@ -123,7 +123,8 @@ def follow_view(view: View, node: fx.Node) -> View | None:
     """The view that `node`, an op of VIEWS, makes of its input's view; None where unprovable."""
     if node.target in _PERMUTATIONS:
         return view.with_dims(tuple(view.dims[axis] for axis in _axes_order(node, len(view.dims))))
-    return _reshaped(view, node.meta["val"].shape)
+    found = _reshaped(view, node.meta["val"].shape)
+    return None if found is None else _coarsened(found)
 
 
 def _axes_order(node: fx.Node, rank: int) -> list[int]:
@@ -164,6 +165,20 @@ def _reshaped(view: View, shape: Sequence[Size]) -> View | None:
             need = rest
         dims.append(tuple(taken))
     return None if pending else view.with_dims(tuple(dims))
+
+
+def _coarsened(view: View) -> View:
+    """Pieces that are together again are one atom, which the next reshape may split elsewhere."""
+    whole = {id(unit[0]): _joined(unit) for unit in _units(view)}
+
+    def join(dims: Dims) -> Dims:
+        return tuple(tuple(whole[id(a)] for a in dim if id(a) in whole) for dim in dims)
+
+    return View(view.source, join(view.source_dims), join(view.dims))
+
+
+def _joined(unit: Dim) -> Atom:
+    return unit[0] if len(unit) == 1 else Atom(_product(unit))
 
 
 def _replaced(dim: Dim, atom: Atom, pieces: Dim) -> Dim:

@@ -19,7 +19,9 @@ ouro = torch.ops.ouro
 class Written(nn.Module):
     """A module whose forward is a function of (module, x); parameters and layers by keyword."""
 
-    def __init__(self, forward: Callable[[Any, Tensor], Any], **members: Tensor | nn.Module) -> None:
+    def __init__(
+        self, forward: Callable[[Any, Tensor], Any], **members: Tensor | nn.Module
+    ) -> None:
         super().__init__()
         self.function = forward
         for name, member in members.items():
@@ -67,9 +69,7 @@ def outputs(function: Callable[[Tensor], Any], x: Tensor) -> list[list[Tensor]]:
     return found
 
 
-def assert_same(
-    actual: list[list[Tensor]], expected: list[list[Tensor]], tolerance: float
-) -> None:
+def assert_same(actual: list[list[Tensor]], expected: list[list[Tensor]], tolerance: float) -> None:
     """Equal bit by bit for tolerance 0, else within it."""
     for ours, theirs in zip(actual, expected, strict=True):
         for a, b in zip(ours, theirs, strict=True):
@@ -91,7 +91,7 @@ def assert_pass(
     tolerance: float = 0.0,
     prepare: Sequence[Pass] = (),
 ) -> fx.GraphModule:
-    """The pass fires: op counts before and after, equal outputs, and a second run changes nothing."""
+    """The pass fires: op counts before and after, equal outputs; a second run changes nothing."""
     gm = capture_small(module, x)
     run(gm, *prepare)
     assert {target: count(gm, target) for target in before} == dict(before)

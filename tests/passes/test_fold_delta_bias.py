@@ -62,7 +62,9 @@ def test_the_bias_moves(forward: Callable[[Any, Tensor], Tensor]) -> None:
 def test_a_bare_parameter_as_weight() -> None:
     gm = assert_pass(
         fold_delta_bias,
-        _module(lambda m, x: _scan(m, x, F.linear(x, m.dt_weight), m.shift), dt_weight=randn(4, 6, 6)),
+        _module(
+            lambda m, x: _scan(m, x, F.linear(x, m.dt_weight), m.shift), dt_weight=randn(4, 6, 6)
+        ),
         X,
         before={LINEAR: 1},
         after={LINEAR: 1},

@@ -136,9 +136,9 @@ def _scan(m: Any, u: Tensor, other: Tensor) -> Tensor:
 
 NEAR_MISSES: dict[str, Callable[[Any, Tensor], Any]] = {
     "not flipped back": lambda m, x: ouro.causal_conv1d(x.flip(2), m.taps),
-    "flipped back and read": lambda m, x: (
-        lambda y: (y.flip(2), y * 2)
-    )(ouro.causal_conv1d(x.flip(2), m.taps)),
+    "flipped back and read": lambda m, x: (lambda y: (y.flip(2), y * 2))(
+        ouro.causal_conv1d(x.flip(2), m.taps)
+    ),
     "another axis back": lambda m, x: x.flip(2).flip(1),
     "channels": lambda m, x: ouro.causal_conv1d(x.flip(1), m.taps).flip(1),
     "two axes": lambda m, x: F.silu(x.flip(1, 2)).flip(1, 2),

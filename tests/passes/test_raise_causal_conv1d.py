@@ -111,18 +111,14 @@ NEAR_MISSES: dict[str, nn.Module] = {
     "weight of the input": Written(
         lambda m, x: F.conv1d(x, x[:1, :, None, :4].reshape(6, 1, 4), padding=3, groups=6)[..., :9]
     ),
-    "pad on both sides": Written(
-        lambda m, x: m.c(F.pad(x, (2, 1))), c=_depthwise(padding=0)
-    ),
+    "pad on both sides": Written(lambda m, x: m.c(F.pad(x, (2, 1))), c=_depthwise(padding=0)),
     "pad with ones": Written(
         lambda m, x: m.c(F.pad(x, (3, 0), value=1.0)), c=_depthwise(padding=0)
     ),
     "reflected": Written(
         lambda m, x: m.c(F.pad(x, (3, 0), mode="reflect")), c=_depthwise(padding=0)
     ),
-    "written in place": Written(
-        lambda m, x: m.c(x)[..., :9].mul_(2.0), c=_depthwise()
-    ),
+    "written in place": Written(lambda m, x: m.c(x)[..., :9].mul_(2.0), c=_depthwise()),
 }
 
 
