@@ -18,7 +18,6 @@ from tests.passes.graphs import (
     assert_pass,
     aten,
     capture_small,
-    outputs,
     run,
 )
 
@@ -105,8 +104,9 @@ def test_quantized_weights_stay_packed() -> None:
 
 def test_a_buffer_that_is_written_to_is_read_each_time() -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
+        before = m.steps * 2
         m.steps.add_(1)
-        return x * (m.steps * 2)
+        return x * before
 
     module = Written(forward)
     module.register_buffer("steps", torch.zeros(8))
@@ -114,4 +114,3 @@ def test_a_buffer_that_is_written_to_is_read_each_time() -> None:
     run(gm, fold_constants)
     first, second = gm(X), gm(X)
     assert not torch.equal(first, second)
-    assert outputs(gm, X)

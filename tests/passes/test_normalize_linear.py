@@ -211,6 +211,12 @@ def _in_place(m: Any, x: Tensor) -> Tensor:
     return m.proj(flat)
 
 
+def _in_place_through_a_view(m: Any, x: Tensor) -> Tensor:
+    y = x * 2
+    y.view(-1, 8).add_(1)
+    return y
+
+
 NEAR_MISSES: dict[str, tuple[nn.Module, Tensor]] = {
     "linear on tokens": (Written(lambda m, x: m.proj(x), proj=nn.Linear(8, 6)), TOKENS),
     "head": (Written(lambda m, x: m.proj(x[:, 0]), proj=nn.Linear(8, 6)), TOKENS),
@@ -252,6 +258,7 @@ NEAR_MISSES: dict[str, tuple[nn.Module, Tensor]] = {
         Written(lambda m, x: torch.einsum("bkl,kcl->bkc", x, m.w), w=_weight(1, 6, 8)),
         TOKENS,
     ),
+    "in place through a view": (Written(_in_place_through_a_view), TOKENS),
     "in place": (Written(_in_place, proj=nn.Linear(8, 6)), TOKENS),
 }
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ouro_compiler.graph import value_of
 from ouro_compiler.passes.base import PassContext
 from ouro_compiler.passes.normalize_linear import normalize_linear
+from ouro_compiler.passes.raise_causal_conv1d import raise_causal_conv1d
 from tests.helpers import REPEATABLE, randn
 from tests.passes.graphs import (
     Written,
@@ -119,10 +120,19 @@ CHAINS: dict[str, tuple[Callable[[Any, Tensor], Tensor], int, int]] = {
         1,
         0,
     ),
-    "split twice, in two ways": (
-        lambda m, x: x.reshape(-1, 9, 2, 4).flatten(2).reshape(-1, 9, 4, 2) * 2,
-        0,
+    "split in one way and then another": (
+        lambda m, x: (
+            x[:, :6]
+            .transpose(1, 2)
+            .reshape(-1, 6)
+            .reshape(-1, 2, 3)
+            .reshape(-1, 6)
+            .reshape(-1, 3, 2)
+            .reshape(-1, 2)
+            * 2
+        ),
         1,
+        2,
     ),
     "a split axis": (
         lambda m, x: x.reshape(-1, 3, 3, 8).permute(0, 3, 1, 2).flatten(2).transpose(1, 2) * 2,
@@ -155,7 +165,7 @@ def test_view_becomes_reshape() -> None:
 
 
 def test_tokens_of_windows_stay_tokens_of_windows() -> None:
-    """The dynamic axis is 4 windows a sample; what it multiplies out of is another op's business."""
+    """The dynamic axis counts windows: a source does not say what its axes are made of."""
 
     def forward(m: Any, x: Tensor) -> Tensor:
         windows = x.reshape(-1, 4, 8) * 2
@@ -243,11 +253,14 @@ def test_a_reshape_that_mixes_axes_is_a_source_of_its_own() -> None:
     assert value_of(calls(gm, LINEAR)[0].args[0]).shape[1:] == (27, 2)
 
 
-def test_layouts_chosen_later_do_not_break_views() -> None:
+def test_views_survive_the_layouts_that_later_passes_choose() -> None:
+    """silu is laid out as (B, D, L), the op that replaces it as (B, L, D)."""
     module = Written(
-        lambda m, x: ouro.causal_conv1d(x, m.w, None, True, False).reshape(x.shape[0], 2, 4, 9),
-        w=_weight(8, 4),
+        lambda m, x: F.silu(m.conv1d(x)[..., :9]).view(x.shape[0], 2, 4, 9) * 2,
+        conv1d=nn.Conv1d(8, 8, 4, groups=8, padding=3),
     )
     gm = capture_small(module, CHANNELS_FIRST)
-    assert not run(gm, normalize_linear)
-    assert gm(CHANNELS_FIRST).shape == (2, 2, 4, 9)
+    expected = outputs(gm, CHANNELS_FIRST)
+    run(gm, normalize_linear, raise_causal_conv1d)
+    assert count(gm, ouro.causal_conv1d.default) == 1
+    assert_same(outputs(gm, CHANNELS_FIRST), expected, TOLERANCE)

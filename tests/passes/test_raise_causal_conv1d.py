@@ -95,6 +95,13 @@ def test_padding_on_the_left(padding: Any) -> None:
 
 NEAR_MISSES: dict[str, nn.Module] = {
     "same": Written(lambda m, x: F.silu(m.c(x)), c=_depthwise(width=3, padding="same")),
+    "padded too much": Written(lambda m, x: m.c(x)[..., :9], c=_depthwise(padding=5)),
+    "padded left, dilated": Written(
+        lambda m, x: m.c(F.pad(x, (3, 0))), c=_depthwise(padding=0, dilation=2)
+    ),
+    "padded left, strided": Written(
+        lambda m, x: m.c(F.pad(x, (3, 0))), c=_depthwise(padding=0, stride=2)
+    ),
     "symmetric": Written(lambda m, x: m.c(x)[..., :9], c=_depthwise(width=3, padding=1)),
     "too little kept": Written(lambda m, x: m.c(x)[..., :8], c=_depthwise()),
     "too much kept": Written(lambda m, x: m.c(x)[..., :10], c=_depthwise()),
