@@ -1,8 +1,8 @@
 """ouro_compiler: compile Vision Mamba models to 4 and 8 bits.
 
-    import ouro_compiler as ouro
-    compiled = ouro.compile(model, images[:1], ouro.W4A4, calibration=images)
-    compiled.save("model.pt2"); ouro.load("model.pt2")(images)
+import ouro_compiler as ouro
+compiled = ouro.compile(model, images[:1], ouro.W4A4, calibration=images)
+compiled.save("model.pt2"); ouro.load("model.pt2")(images)
 """
 
 from __future__ import annotations

@@ -25,7 +25,8 @@ import torch
 from torch.export import ExportedProgram
 from torch.export.pt2_archive import PT2ArchiveWriter
 
-from ouro_compiler.archive_gate import ITEM_SIZES, clean_model, clean_payloads, load_json, refuse
+from ouro_compiler.archive_gate import clean_model, clean_payloads
+from ouro_compiler.archive_rules import ITEM_SIZES, load_json, refuse
 from ouro_compiler.errors import ModelError
 
 _MANIFEST = "extra/ouro.json"

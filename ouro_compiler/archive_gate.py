@@ -11,453 +11,179 @@ as safe as the argument checks of ATen and ouro.
 
 from __future__ import annotations
 
-import ast
-import json
-import keyword
 import re
-from collections.abc import Callable, Iterable
-from typing import Any, NoReturn
+from typing import Any
 
-import torch
-
-import ouro_compiler.ops  # noqa: F401  (a target is checked against the registered ops)
-from ouro_compiler.errors import ModelError
-
-# A rule takes a value and where it stands, and returns what torch may see of it.
-Rule = Callable[[Any, str], Any]
-
-# Bytes an element, by the number torch._export.serde.schema gives a dtype.
-ITEM_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 2, 7: 4, 8: 8, 9: 4, 10: 8, 11: 16, 12: 1, 13: 2}
-ITEM_SIZES |= {28: 2, 29: 1, 30: 1, 31: 1, 32: 1, 33: 1, 34: 4, 35: 8}
-_STRIDED = 7
-
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_PATH = re.compile(r"(?!__)[A-Za-z0-9_-]+(\.(?!__)[A-Za-z0-9_-]+)*")
-_PLAIN = re.compile(r"[A-Za-z0-9_ .,:/+<=>-]*")
-_SYMBOL = re.compile(r"(s|ps|u|zf|zuf)[0-9]{1,6}")
-_OP = re.compile(r"torch\.ops\.(aten|ouro)\.([A-Za-z0-9_]+)\.([A-Za-z0-9_]+)")
-_MAX_EXPRESSION = 8000  # characters; an honest one has tens, and hundreds in a guard
-
-_SIZE_ARITHMETIC = re.compile(
-    r"_operator\.(add|sub|mul|floordiv|mod|neg|pos|eq|ne|lt|le|gt|ge)"
-    r"|torch\.sym_(max|min|int|float|not)|math\.trunc"
+from ouro_compiler.archive_rules import (
+    ITEM_SIZES,
+    NAME,
+    STRIDED,
+    Rule,
+    anything,
+    boolean,
+    check_symbolic,
+    dotted_path,
+    dropped,
+    identifier,
+    integer,
+    list_of,
+    load_json,
+    map_of,
+    matching,
+    no_guards,
+    nullable,
+    one_of,
+    op_target,
+    plain_text,
+    real_number,
+    record,
+    refuse,
+    refused,
+    short,
+    size,
+    text,
+    tree_spec,
+    union,
 )
-# Ops of aten that are private by name and yet what torch.export leaves of ordinary modules.
-_PRIVATE_OPS = re.compile(
-    r"_adaptive_avg_pool[23]d|_assert_async|_assert_scalar|_assert_tensor_metadata|_conj"
-    r"|_convolution|_fft_[cr]2[cr]|_fused_rms_norm|_local_scalar_dense|_(log_|safe_)?softmax"
-    r"|_native_batch_norm_legit(_no_training)?|_native_multi_head_attention|_prelu_kernel"
-    r"|_scaled_dot_product_(efficient_attention|flash_attention(_for_cpu)?)|_shape_as_tensor"
-    r"|_to_copy|_transformer_encoder_layer_fwd|_trilinear|_unsafe_view|_weight_norm(_interface)?"
-    r"|_upsample_bi(cubic|linear)2d_aa|__(and|or|xor|lshift|rshift)__"
-)
-# String arguments of aten that pick a mode; the others name files, print or format.
-_MODES = re.compile(
-    r"approximate|assert_msg|equation|indexing|interpolation|mode|norm|ord|p|pad_mode|padding"
-    r"|padding_side|reduce|rounding_mode|side"
-)
-_SYMPY_CALLS = re.compile(
-    r"Integer|Add|Mul|Max|Min|Mod|PythonMod|FloorDiv|CeilDiv|CleanDiv|ceiling|floor|And|Or|Not"
-    r"|Equality|Unequality|(Strict)?(Less|Greater)Than"
-)
-_ASSUMPTIONS = frozenset(("integer", "positive", "nonnegative", "nonzero", "real"))
-_GUARD_NAMES = frozenset(("L", "max", "min", "size", "stride", "storage_offset"))
-_GUARD_NODES = (
-    *(ast.Expression, ast.BoolOp, ast.UnaryOp, ast.BinOp, ast.Compare, ast.Call, ast.Attribute),
-    *(ast.Subscript, ast.Constant, ast.Name, ast.Load),
-    *(ast.boolop, ast.unaryop, ast.operator, ast.cmpop),
-)
-
-
-def refuse(where: str, reason: str) -> NoReturn:
-    """Raise the ModelError of a refusal: which part of the file, and why."""
-    raise ModelError(f"{where.replace('.json.', '.json: ', 1)} {reason}")
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-# Rules for single values.
-
-
-def _is(kind: type, name: str) -> Rule:
-    def check(value: Any, where: str) -> Any:
-        if type(value) is not kind:
-            refuse(where, f"is {_short(value)} instead of {name}")
-        return value
-
-    return check
-
-
-def _matching(pattern: re.Pattern[str], what: str) -> Rule:
-    def check(value: Any, where: str) -> Any:
-        if not isinstance(value, str) or not pattern.fullmatch(value):
-            refuse(where, f"is {_short(value)}, which is no {what}")
-        return value
-
-    return check
-
-
-def _one_of(allowed: Iterable[Any], what: str) -> Rule:
-    values = tuple(allowed)
-
-    def check(value: Any, where: str) -> Any:
-        if type(value) not in (int, str) or value not in values:
-            refuse(where, f"is {_short(value)}, which is no {what}")
-        return value
-
-    return check
-
-
-def _int(value: Any, where: str) -> int:
-    if type(value) is not int or not -(2**63) <= value < 2**63:
-        refuse(where, f"is {_short(value)} instead of a 64-bit integer")
-    return int(value)
-
-
-def _size(value: Any, where: str) -> int:
-    number = _int(value, where)
-    if number < 0:
-        refuse(where, f"is negative ({number})")
-    return number
-
-
-def _float(value: Any, where: str) -> Any:
-    if type(value) not in (int, float) and value not in ("Infinity", "-Infinity", "NaN"):
-        refuse(where, f"is {_short(value)} instead of a number")
-    return value
-
-
-def _name(value: Any, where: str) -> str:
-    """An identifier: torch pastes names into Python source, at load already."""
-    if not isinstance(value, str) or not _NAME.fullmatch(value) or keyword.iskeyword(value):
-        refuse(where, f"is {_short(value)}, which is no plain identifier")
-    return value
-
-
-_bool = _is(bool, "true or false")
-_text = _is(str, "a string")
-_plain = _matching(_PLAIN, "plain word")
-_path = _matching(_PATH, "dotted name of a weight")
-
-
-def _target(value: Any, where: str) -> str:
-    """An overload of aten or ouro that touches no files, or arithmetic on sizes."""
-    if isinstance(value, str) and _SIZE_ARITHMETIC.fullmatch(value):
-        return value
-    if isinstance(value, str) and value.startswith("torch.ops.higher_order."):
-        refuse(where, f"is {_short(value)}: export under torch.no_grad() and without control flow")
-    match = _OP.fullmatch(value) if isinstance(value, str) else None
-    if match is None:
-        refuse(where, f"is {_short(value)}, which is no op of aten or ouro")
-    namespace, name, overload = match.groups()
-    op = getattr(getattr(getattr(torch.ops, namespace), name, None), overload, None)
-    if not isinstance(op, torch._ops.OpOverload):
-        refuse(where, f"is {value}, which this version of torch and ouro_compiler does not have")
-    if namespace == "aten" and name.startswith("_") and not _PRIVATE_OPS.fullmatch(name):
-        refuse(where, f"is {value}, an internal op of aten")
-    for argument in op._schema.arguments if namespace == "aten" else ():
-        if "str" in str(argument.type) and not _MODES.fullmatch(argument.name):
-            refuse(where, f"is {value}, which takes a string ({argument.name}): it may use files")
-    return str(value)
-
-
-def check_symbolic(value: Any, where: str) -> str:
-    """A symbolic size: integers, symbols, arithmetic and a short list of sympy functions.
-
-    Returns the text written out again from its syntax tree, so that sympy's own tokenizer has
-    nothing left to interpret. Raises ModelError for anything else.
-    """
-    tree = _parse(_text(value, where), where)
-    if not _is_symbolic(tree.body):
-        refuse(where, f"is {_short(value)}, which is no plain arithmetic on sizes")
-    return ast.unparse(tree)
-
-
-def _parse(text: str, where: str) -> ast.Expression:
-    if len(text) > _MAX_EXPRESSION:
-        refuse(where, f"is an expression of {len(text)} characters")
-    try:
-        return ast.parse(text, mode="eval")
-    except (SyntaxError, ValueError, MemoryError, RecursionError):
-        refuse(where, f"is {_short(text)}, which is no expression")
-
-
-def _is_symbolic(node: ast.expr) -> bool:
-    match node:
-        case ast.Constant(value=int(value)):
-            return not isinstance(value, bool) and value < 2**63
-        case ast.Name(id=name):
-            return _SYMBOL.fullmatch(name) is not None
-        case ast.UnaryOp(op=ast.USub(), operand=operand):
-            return _is_symbolic(operand)
-        case ast.BinOp(
-            left=left,
-            op=ast.Add() | ast.Sub() | ast.Mult() | ast.FloorDiv() | ast.Mod(),
-            right=right,
-        ):
-            return _is_symbolic(left) and _is_symbolic(right)
-        case ast.Call(func=ast.Name(id="Symbol"), args=[ast.Constant(value=str(name))]):
-            return _SYMBOL.fullmatch(name) is not None and all(map(_is_assumption, node.keywords))
-        case ast.Call(
-            func=ast.Name(id="Pow"),
-            args=[
-                base,
-                ast.Call(func=ast.Name(id="Integer"), args=[ast.Constant(value=2 | 3 | 4)]),
-            ],
-            keywords=[],
-        ):  # one small power: a tower of them would fill the memory
-            return _is_symbolic(base) and "Pow" not in ast.dump(base)
-        case ast.Call(func=ast.Name(id=name), args=args, keywords=[]):
-            return bool(_SYMPY_CALLS.fullmatch(name)) and all(map(_is_symbolic, args))
-    return False
-
-
-def _is_assumption(word: ast.keyword) -> bool:
-    value = word.value
-    return word.arg in _ASSUMPTIONS and isinstance(value, ast.Constant) and value.value in (0, 1)
-
-
-def _no_guards(value: Any, where: str) -> list[str]:
-    """Honest guards compare sizes of inputs; they are dropped, since torch would exec them."""
-    for index, guard in enumerate(_list(_text)(value, where)):
-        for node in ast.walk(_parse(guard, f"{where}[{index}]")):
-            used = getattr(node, "id", getattr(node, "attr", "L"))
-            if not isinstance(node, _GUARD_NODES) or used not in _GUARD_NAMES:
-                refuse(f"{where}[{index}]", f"is {_short(guard)}: code that torch would run")
-    return []
-
-
-def _tree_spec(value: Any, where: str) -> str:
-    """The nesting of inputs or outputs: tuples, lists and dicts with plain keys."""
-    outer = _list(_any)(load_json(_text(value, where), where), where)
-    if len(outer) != 2 or outer[0] != 1:
-        refuse(where, "is a tree spec of an unknown version")
-    return json.dumps([1, _tree(outer[1], where)])
-
-
-def _tree(value: Any, where: str) -> dict[str, Any]:
-    spec = _record({"type": _any, "context": _any, "children_spec": _list(_tree)})(value, where)
-    kind, context, children = spec["type"], spec["context"], spec["children_spec"]
-    if kind is None and context is None and not children:
-        return dict(spec)
-    if kind in ("builtins.tuple", "builtins.list"):
-        return {**spec, "context": "null"}
-    if kind != "builtins.dict":
-        refuse(where, f"nests inputs or outputs in {_short(kind)}: use tuples, lists and dicts")
-    keys = _list(_any)(load_json(_text(context, where), where), where)
-    for key in keys:
-        if type(key) is not int:
-            _name(key, where)
-    return {**spec, "context": json.dumps(keys)}
-
-
-# Rules for containers.
-
-
-def _any(value: Any, where: str) -> Any:
-    return value
-
-
-def _dropped(replacement: Any) -> Rule:
-    """Where torch parses what nobody needs here: descriptions of origin, mostly."""
-    return lambda value, where: replacement
-
-
-def _refused(reason: str) -> Rule:
-    return lambda value, where: refuse(where, reason)
-
-
-def _nullable(rule: Rule) -> Rule:
-    return lambda value, where: None if value is None else rule(value, where)
-
-
-def _list(rule: Rule) -> Rule:
-    def check(value: Any, where: str) -> list[Any]:
-        found = _is(list, "a list")(value, where)
-        return [rule(item, f"{where}[{index}]") for index, item in enumerate(found)]
-
-    return check
-
-
-def _map(key: Rule, rule: Rule) -> Rule:
-    def check(value: Any, where: str) -> dict[str, Any]:
-        found = _is(dict, "an object")(value, where)
-        return {key(k, f"{where} key"): rule(v, f"{where}.{_short(k)}") for k, v in found.items()}
-
-    return check
-
-
-def _record(required: dict[str, Rule], optional: dict[str, Rule] | None = None) -> Rule:
-    """An object of known keys; an unknown key may only be empty (a later torch's default)."""
-    rules = {**required, **(optional or {})}
-
-    def check(value: Any, where: str) -> dict[str, Any]:
-        found = _is(dict, "an object")(value, where)
-        for key in required.keys() - found.keys():
-            refuse(where, f"lacks {key!r}")
-        for key in found.keys() - rules.keys():
-            if found[key]:
-                refuse(where, f"has an unknown part {_short(key)}")
-        return {
-            key: rules[key](item, f"{where}.{key}") for key, item in found.items() if key in rules
-        }
-
-    return check
-
-
-def _union(**cases: Rule) -> Rule:
-    def check(value: Any, where: str) -> dict[str, Any]:
-        found = _is(dict, "an object")(value, where)
-        if len(found) != 1 or not found.keys() <= cases.keys():
-            refuse(where, f"is {_short(value)}, which is of no known kind")
-        return {key: cases[key](item, f"{where}.{key}") for key, item in found.items()}
-
-    return check
-
 
 # The grammar, after torch._export.serde.schema.
 
-_dtype = _one_of(ITEM_SIZES, "data type that can be stored")
-_device = _record(
-    {"type": _one_of(("cpu", "cuda", "mps", "xpu"), "kind of device")}, {"index": _nullable(_size)}
+_dtype = one_of(ITEM_SIZES, "data type that can be stored")
+_device = record(
+    {"type": one_of(("cpu", "cuda", "mps", "xpu"), "kind of device")}, {"index": nullable(size)}
 )
-_hint = _nullable(_union(as_int=_int, as_bool=_bool, as_float=_float))
-_expression = _record({"expr_str": check_symbolic}, {"hint": _hint})
-_sym_int = _union(as_expr=_expression, as_int=_int)
-_sym_float = _union(as_expr=_expression, as_float=_float)
-_sym_bool = _union(as_expr=_expression, as_bool=_bool)
+_hint = nullable(union(as_int=integer, as_bool=boolean, as_float=real_number))
+_expression = record({"expr_str": check_symbolic}, {"hint": _hint})
+_sym_int = union(as_expr=_expression, as_int=integer)
+_sym_float = union(as_expr=_expression, as_float=real_number)
+_sym_bool = union(as_expr=_expression, as_bool=boolean)
 
 
 def _tensor_meta(number: Rule, offset: Rule) -> Rule:
-    return _record(
+    return record(
         {
             "dtype": _dtype,
-            "sizes": _list(number),
-            "requires_grad": _bool,
+            "sizes": list_of(number),
+            "requires_grad": boolean,
             "device": _device,
-            "strides": _list(number),
+            "strides": list_of(number),
             "storage_offset": offset,
-            "layout": _one_of((_STRIDED,), "dense layout"),
+            "layout": one_of((STRIDED,), "dense layout"),
         }
     )
 
 
-_tensor = _record({"name": _name})
-_optional_tensor = _union(as_tensor=_tensor, as_none=_bool)
-_sym_int_argument = _union(as_name=_name, as_int=_int)
-_sym_float_argument = _union(as_name=_name, as_float=_float)
-_sym_bool_argument = _union(as_name=_name, as_bool=_bool)
-_object = _refused("holds an object of a custom class, which would be unpickled")
+_tensor = record({"name": identifier})
+_optional_tensor = union(as_tensor=_tensor, as_none=boolean)
+_sym_int_argument = union(as_name=identifier, as_int=integer)
+_sym_float_argument = union(as_name=identifier, as_float=real_number)
+_sym_bool_argument = union(as_name=identifier, as_bool=boolean)
+_object = refused("holds an object of a custom class, which would be unpickled")
 _constants: dict[str, Rule] = {
-    "as_none": _bool,
-    "as_int": _int,
-    "as_float": _float,
-    "as_bool": _bool,
+    "as_none": boolean,
+    "as_int": integer,
+    "as_float": real_number,
+    "as_bool": boolean,
 }
-_argument = _union(
+_argument = union(
     **_constants,
     as_tensor=_tensor,
-    as_tensors=_list(_tensor),
-    as_ints=_list(_int),
-    as_floats=_list(_float),
-    as_string=_text,  # repr'ed wherever torch writes it into source
-    as_strings=_list(_text),
+    as_tensors=list_of(_tensor),
+    as_ints=list_of(integer),
+    as_floats=list_of(real_number),
+    as_string=text,  # repr'ed wherever torch writes it into source
+    as_strings=list_of(text),
     as_sym_int=_sym_int_argument,
-    as_sym_ints=_list(_sym_int_argument),
+    as_sym_ints=list_of(_sym_int_argument),
     as_scalar_type=_dtype,
-    as_memory_format=_one_of(range(1, 5), "memory format"),
-    as_layout=_one_of(range(1, 8), "layout"),
+    as_memory_format=one_of(range(1, 5), "memory format"),
+    as_layout=one_of(range(1, 8), "layout"),
     as_device=_device,
-    as_bools=_list(_bool),
+    as_bools=list_of(boolean),
     as_sym_bool=_sym_bool_argument,
-    as_sym_bools=_list(_sym_bool_argument),
-    as_optional_tensors=_list(_optional_tensor),
+    as_sym_bools=list_of(_sym_bool_argument),
+    as_optional_tensors=list_of(_optional_tensor),
     as_optional_tensor=_optional_tensor,
     as_sym_float=_sym_float_argument,
-    as_sym_floats=_list(_sym_float_argument),
-    as_complex=_record({"real": _float, "imag": _float}),
-    as_nested_tensors=_list(_list(_tensor)),
-    as_graph=_refused("holds a subgraph"),
+    as_sym_floats=list_of(_sym_float_argument),
+    as_complex=record({"real": real_number, "imag": real_number}),
+    as_nested_tensors=list_of(list_of(_tensor)),
+    as_graph=refused("holds a subgraph"),
     as_custom_obj=_object,
-    as_operator=_refused("passes an operator as an argument"),
+    as_operator=refused("passes an operator as an argument"),
 )
 # Not repr'ed where torch makes guards of it, so the quotes of an `as_string` would end the literal.
-_input = _union(**_constants, as_string=_plain, as_tensor=_tensor, as_sym_int=_sym_int_argument)
-_node = _record(
+_input = union(**_constants, as_string=plain_text, as_tensor=_tensor, as_sym_int=_sym_int_argument)
+_node = record(
     {
-        "target": _target,
-        "inputs": _list(
-            _record(
-                {"name": _matching(_NAME, "argument"), "arg": _argument}, {"kind": _nullable(_size)}
-            )
+        "target": op_target,
+        "inputs": list_of(
+            record({"name": matching(NAME, "argument"), "arg": _argument}, {"kind": nullable(size)})
         ),
-        "outputs": _list(_argument),
-        "metadata": _dropped({}),
+        "outputs": list_of(_argument),
+        "metadata": dropped({}),
     },
-    {"is_hop_single_tensor_return": _nullable(_bool), "name": _nullable(_name)},
+    {"is_hop_single_tensor_return": nullable(boolean), "name": nullable(identifier)},
 )
-_graph = _record(
+_graph = record(
     {
-        "inputs": _list(_input),
-        "outputs": _list(_argument),
-        "nodes": _list(_node),
+        "inputs": list_of(_input),
+        "outputs": list_of(_argument),
+        "nodes": list_of(_node),
         # torch does not read the offset of a value: a weight that was a view looks like its copy
-        "tensor_values": _map(_name, _tensor_meta(_sym_int, _dropped({"as_int": 0}))),
-        "sym_int_values": _map(_name, _sym_int),
-        "sym_bool_values": _map(_name, _sym_bool),
+        "tensor_values": map_of(identifier, _tensor_meta(_sym_int, dropped({"as_int": 0}))),
+        "sym_int_values": map_of(identifier, _sym_int),
+        "sym_bool_values": map_of(identifier, _sym_bool),
     },
     {
-        "sym_float_values": _map(_name, _sym_float),
-        "is_single_tensor_return": _bool,
-        "custom_obj_values": _map(_name, _object),
+        "sym_float_values": map_of(identifier, _sym_float),
+        "is_single_tensor_return": boolean,
+        "custom_obj_values": map_of(identifier, _object),
     },
 )
 _held = {"arg": _tensor}
-_signature = _record(
+_signature = record(
     {
-        "input_specs": _list(
-            _union(
-                user_input=_record({"arg": _input}),
-                parameter=_record({**_held, "parameter_name": _path}),
-                buffer=_record({**_held, "buffer_name": _path, "persistent": _bool}),
-                tensor_constant=_record({**_held, "tensor_constant_name": _path}),
-                constant_input=_record(
-                    {"name": _name, "value": _union(**_constants, as_string=_plain)}
+        "input_specs": list_of(
+            union(
+                user_input=record({"arg": _input}),
+                parameter=record({**_held, "parameter_name": dotted_path}),
+                buffer=record({**_held, "buffer_name": dotted_path, "persistent": boolean}),
+                tensor_constant=record({**_held, "tensor_constant_name": dotted_path}),
+                constant_input=record(
+                    {"name": identifier, "value": union(**_constants, as_string=plain_text)}
                 ),
                 custom_obj=_object,
             )
         ),
-        "output_specs": _list(
-            _union(
-                user_output=_record({"arg": _argument}),
-                buffer_mutation=_record({**_held, "buffer_name": _path}),
-                parameter_mutation=_record({**_held, "parameter_name": _path}),
-                user_input_mutation=_record({**_held, "user_input_name": _name}),
+        "output_specs": list_of(
+            union(
+                user_output=record({"arg": _argument}),
+                buffer_mutation=record({**_held, "buffer_name": dotted_path}),
+                parameter_mutation=record({**_held, "parameter_name": dotted_path}),
+                user_input_mutation=record({**_held, "user_input_name": identifier}),
             )
         ),
     }
 )
-_call = _record(
+_call = record(
     {
-        "inputs": _dropped([]),
-        "outputs": _dropped([]),
-        "in_spec": _tree_spec,
-        "out_spec": _tree_spec,
+        "inputs": dropped([]),
+        "outputs": dropped([]),
+        "in_spec": tree_spec,
+        "out_spec": tree_spec,
     },
-    {"forward_arg_names": _nullable(_list(_name))},
+    {"forward_arg_names": nullable(list_of(identifier))},
 )
 
 
 def _root_call(value: Any, where: str) -> list[Any]:
     """Only the model's own call is kept: those of submodules serve torch.export.unflatten."""
-    entries = _list(_any)(value, where)
+    entries = list_of(anything)(value, where)
     roots = [item for item in entries if isinstance(item, dict) and item.get("fqn") == ""]
     if len(roots) != 1:
         refuse(where, f"describes {len(roots)} calls of the model instead of one")
-    root = _record({"fqn": _text, "signature": _call})
+    root = record({"fqn": text, "signature": _call})
     return [root(item, where) for item in roots]
 
 
@@ -466,29 +192,29 @@ def _range_name(value: Any, where: str) -> str:
     return str(value)  # not rewritten: torch looks it up by this spelling
 
 
-_model = _record(
+_model = record(
     {
-        "graph_module": _record(
+        "graph_module": record(
             {"graph": _graph, "signature": _signature, "module_call_graph": _root_call},
-            {"metadata": _dropped({}), "treespec_namedtuple_fields": _dropped({})},
+            {"metadata": dropped({}), "treespec_namedtuple_fields": dropped({})},
         ),
-        "opset_version": _map(_name, _size),
-        "range_constraints": _map(
-            _range_name, _record({"min_val": _nullable(_int), "max_val": _nullable(_int)})
+        "opset_version": map_of(identifier, size),
+        "range_constraints": map_of(
+            _range_name, record({"min_val": nullable(integer), "max_val": nullable(integer)})
         ),
-        "schema_version": _record({"major": _size, "minor": _size}),
+        "schema_version": record({"major": size, "minor": size}),
     },
     {
-        "verifiers": _list(_one_of(("ATEN", "TRAINING"), "dialect of torch.export")),
-        "torch_version": _plain,
-        "guards_code": _no_guards,
+        "verifiers": list_of(one_of(("ATEN", "TRAINING"), "dialect of torch.export")),
+        "torch_version": plain_text,
+        "guards_code": no_guards,
     },
 )
 
 
 def _unpickled(value: Any, where: str) -> bool:
     if value is not False:
-        refuse(where, f"is {_short(value)}: the entry would be unpickled, which can run code")
+        refuse(where, f"is {short(value)}: the entry would be unpickled, which can run code")
     return False
 
 
@@ -502,23 +228,14 @@ def clean_payloads(text: bytes, where: str, prefix: str) -> dict[str, Any]:
 
     Raises ModelError, above all where an entry would be unpickled.
     """
-    entry = _matching(re.compile(rf"{prefix}[0-9]{{1,9}}"), f"entry of raw tensor data {prefix}N")
-    number = _union(as_int=_size)
-    payload = _record(
+    entry = matching(re.compile(rf"{prefix}[0-9]{{1,9}}"), f"entry of raw tensor data {prefix}N")
+    number = union(as_int=size)
+    payload = record(
         {
             "use_pickle": _unpickled,
             "path_name": entry,
-            "is_param": _bool,
+            "is_param": boolean,
             "tensor_meta": _tensor_meta(number, number),
         }
     )
-    return dict(_record({"config": _map(_path, payload)})(load_json(text, where), where))
-
-
-def load_json(text: bytes | str, where: str) -> Any:
-    """Strict JSON in UTF-8. Raises ModelError."""
-    try:
-        decoded = text.decode() if isinstance(text, bytes) else text
-        return json.loads(decoded, parse_constant=lambda name: refuse(where, f"holds {name}"))
-    except (ValueError, RecursionError):
-        refuse(where, "is damaged: it is no JSON text")
+    return dict(record({"config": map_of(dotted_path, payload)})(load_json(text, where), where))

@@ -73,7 +73,8 @@ def compile(
 
     example_inputs: one batch (B, C, H, W), any B >= 1. calibration: images (n, C, H, W) in the
     model's own normalisation. verify: images, with labels if there are any, on which accuracy and
-    logits SNR before and after are measured; without it they are measured on the calibration images.
+    logits SNR before and after are measured; without it they are measured on the calibration
+    images.
     strict: raise RefusedLayerError when a layer that the recipe selected stays in floating point.
     Raises UsageError without calibration images and ModelError if the model cannot be traced.
     """

@@ -1,4 +1,4 @@
-"""What can go wrong for a user, one class a kind. Each carries the exit code of the command line."""
+"""What can go wrong for a user, a class a kind, each with the exit code of the command line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""fx helpers that passes, calibration, lowering and inspection share, and the graph's invariants."""
+"""fx helpers that passes, calibration, lowering and inspection share; the graph's invariants."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch import Tensor, fx
 aten = torch.ops.aten
 # operator.* on sizes: what export leaves of shape arithmetic with a dynamic batch.
 _SIZE_ARITHMETIC = frozenset(
-    getattr(operator, name) for name in "add sub mul floordiv mod neg eq ge gt le lt ne".split()
+    getattr(operator, name)
+    for name in ["add", "sub", "mul", "floordiv", "mod", "neg", "eq", "ge", "gt", "le", "lt", "ne"]
 )
 _OPS = frozenset({"placeholder", "get_attr", "call_function", "output"})
 

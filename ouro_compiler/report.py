@@ -18,8 +18,8 @@ class LayerRow:
     """One linear, convolution or scan of the model.
 
     status: "quantized" runs on integer codes; "simulated" runs in floating point on quantized and
-    dequantized operands; "skipped" stays in floating point, for `reason`. `selected` says whether the
-    recipe wanted it quantized.
+    dequantized operands; "skipped" stays in floating point, for `reason`. `selected` says whether
+    the recipe wanted it quantized.
     """
 
     name: str

@@ -14,7 +14,6 @@ import ouro_compiler.ops  # noqa: F401  (registers torch.ops.ouro)
 from ouro_compiler.ops.linear import int_matmul
 from ouro_compiler.ops.quantize import listed_mask
 from tests.helpers import (
-    OpCheckError,
     assert_batch_invariant,
     assert_close,
     assert_opcheck,
@@ -398,7 +397,9 @@ def test_refuses_an_unknown_activation() -> None:
 
 def test_refuses_a_weight_of_another_width() -> None:
     given = _problem(17)
-    with pytest.raises(ValueError, match="linear_dynamic_outlier: qweight has 16 columns, expected 17"):
+    with pytest.raises(
+        ValueError, match="linear_dynamic_outlier: qweight has 16 columns, expected 17"
+    ):
         op(**{**given, "qweight": given["qweight"][:, :16]})
     with pytest.raises(ValueError, match="unpack_int4: cannot take 17 codes"):
         op(**{**given, "qweight": pack(given["qweight"][:, :16])})

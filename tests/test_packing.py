@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import ouro_compiler.ops  # noqa: F401  (registers torch.ops.ouro)
-from tests.helpers import REPEATABLE, OpCheckError, assert_opcheck, generator
+from tests.helpers import REPEATABLE, assert_opcheck, generator
 
 pack = torch.ops.ouro.pack_int4
 unpack = torch.ops.ouro.unpack_int4

@@ -1,4 +1,4 @@
-"""insert_quantize_dequantize and fuse_dequantize_epilogue: they fire, leave alone, equal, and end."""
+"""insert_quantize_dequantize and fuse_dequantize_epilogue: fire, leave alone, equal, end."""
 
 from __future__ import annotations
 

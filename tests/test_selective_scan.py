@@ -14,9 +14,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ouro_compiler.ops  # noqa: F401  (registers torch.ops.ouro)
+from ouro_compiler.ops import chunked_scan
 from ouro_compiler.ops import selective_scan as module
 from tests.helpers import (
-    OpCheckError,
     assert_batch_invariant,
     assert_close,
     assert_opcheck,
@@ -177,10 +177,11 @@ def test_chunks_change_nothing(
     inputs = _inputs(groups)
     expected = module.selective_scan_ref(**inputs, reverse=reverse)
     per_step = BATCH * inputs["A"].numel()
-    monkeypatch.setattr(module, "_CHUNK_ELEMENTS", steps * per_step)
-    assert_close(module.selective_scan_chunked(**inputs, reverse=reverse), expected, ROUNDING)
+    monkeypatch.setattr(chunked_scan, "_CHUNK_ELEMENTS", steps * per_step)
+    assert_close(chunked_scan.selective_scan_chunked(**inputs, reverse=reverse), expected, ROUNDING)
     assert torch.equal(
-        op(**inputs, reverse=reverse), module.selective_scan_chunked(**inputs, reverse=reverse)
+        op(**inputs, reverse=reverse),
+        chunked_scan.selective_scan_chunked(**inputs, reverse=reverse),
     )
 
 
@@ -188,7 +189,7 @@ def test_chunks_change_nothing(
 def test_a_chunk_has_at_least_one_step(monkeypatch: pytest.MonkeyPatch, reverse: bool) -> None:
     """A budget smaller than one step's states is overdrawn, not divided to zero."""
     inputs = _inputs()
-    monkeypatch.setattr(module, "_CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(chunked_scan, "_CHUNK_ELEMENTS", 1)
     expected = module.selective_scan_ref(**inputs, reverse=reverse)
     assert_close(op(**inputs, reverse=reverse), expected, ROUNDING)
 
@@ -290,7 +291,7 @@ def test_gradients_across_chunks(
 ) -> None:
     """The state at a chunk's entry and the gradient at its exit are handed on."""
     inputs = _inputs(2, states=states)
-    monkeypatch.setattr(module, "_CHUNK_ELEMENTS", steps * BATCH * inputs["A"].numel())
+    monkeypatch.setattr(chunked_scan, "_CHUNK_ELEMENTS", steps * BATCH * inputs["A"].numel())
     _assert_gradients_match(inputs, reverse)
 
 
@@ -331,7 +332,7 @@ def test_gradients_of_the_reference_are_those_of_the_op() -> None:
 def test_batch_invariance(monkeypatch: pytest.MonkeyPatch, reverse: bool) -> None:
     """Without softplus and gate: bit for bit, though chunks are longer in a smaller batch."""
     channels, states, length = 13, 5, 9
-    monkeypatch.setattr(module, "_CHUNK_ELEMENTS", 2 * 5 * channels * states)
+    monkeypatch.setattr(chunked_scan, "_CHUNK_ELEMENTS", 2 * 5 * channels * states)
     A = -torch.rand(channels, states, generator=torch.Generator().manual_seed(0))
     D = randn(1, channels)
     batched = [randn(seed, 5, channels, length) for seed in (2, 3)]

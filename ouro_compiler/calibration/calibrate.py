@@ -1,4 +1,4 @@
-"""Calibration by graph interpretation: run the images through the graph, observe, fill the table."""
+"""Calibration by interpretation: run the images through the graph, observe, fill the table."""
 
 from __future__ import annotations
 

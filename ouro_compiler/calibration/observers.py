@@ -1,7 +1,8 @@
-"""Observers: what one site's activations look like, streamed over batches in two rounds (METHODS 3.2).
+"""Observers: what one site's activations look like, streamed in two rounds (METHODS 3.2).
 
 Round 1 collects, per time step, the range of the inliers and, per token, mean and deviation of the
-magnitudes; round 2 a histogram a time step over that range. Memory is that of L x BINS counts a site,
+magnitudes; round 2 a histogram a time step over that range. Memory is that of L x BINS counts a
+site,
 whatever the number of images. A magnitude is |x|; at asymmetric sites it is the distance from the
 token's mean, since there zero is no special value.
 """
@@ -92,9 +93,7 @@ class SiteObserver:
         """Scales by clipping search; thresholds by median of mean + kappa deviations."""
         bits, zero_point = self.site.bits, None
         if self.site.asymmetric:
-            scale, zero_point = asymmetric_from_histogram(
-                self.histogram, self.low, self.high, bits
-            )
+            scale, zero_point = asymmetric_from_histogram(self.histogram, self.low, self.high, bits)
         else:
             scale = symmetric_from_histogram(self.histogram, self.high, bits)
         middle, limit = inlier_interval(scale, zero_point, bits)

@@ -109,9 +109,7 @@ def quantize_weight(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def quantize_rows_asymmetric(rows: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(int8 codes, scale, zero point) of each row by its minimum and maximum, codes minus 2^(bits-1)."""
+    """(int8 codes, scale, zero point) by each row's extremes; codes are minus 2^(bits-1)."""
     scale, zero = asymmetric_parameters(rows.amin(1), rows.amax(1), bits)
     codes = (torch.round(rows / scale[:, None]) + zero[:, None]).clamp(0, 2**bits - 1)
     return (codes - 2 ** (bits - 1)).to(torch.int8), scale, zero
-
-

@@ -1,4 +1,4 @@
-"""`ouro-compile` and `ouro`: options in app.py, one file a command, what they print in console.py."""
+"""`ouro-compile` and `ouro`: options in app.py, a file a command, output in console.py."""
 
 from ouro_compiler.cli.app import compile_main, main
 

@@ -104,9 +104,7 @@ def compile_command(
     from ouro_compiler.cli.compile import CompileRequest, run
 
     chosen = [
-        name
-        for name, on in (("w4a4", w4a4), ("w4a8", w4a8), ("w6a6", w6a6), ("w8a8", w8a8))
-        if on
+        name for name, on in (("w4a4", w4a4), ("w4a8", w4a8), ("w6a6", w6a6), ("w8a8", w8a8)) if on
     ]
     if len(chosen) > 1:
         raise UsageError(f"choose one of --{' and --'.join(chosen)}")
@@ -145,9 +143,7 @@ def inspect_command(
     after: Annotated[
         str | None, typer.Option(help="of a model: stop after this pass (default: normalising)")
     ] = None,
-    calibration: Annotated[
-        str, typer.Option(help="images for the quantizing passes")
-    ] = "noise",
+    calibration: Annotated[str, typer.Option(help="images for the quantizing passes")] = "noise",
     arch: Annotated[
         str | None, typer.Option(help="architecture, where the weights cannot tell")
     ] = None,
@@ -174,9 +170,7 @@ def _log_passes(verbose: bool) -> None:
 
 
 def _app(**commands: Callable[..., None]) -> typer.Typer:
-    app = typer.Typer(
-        add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True
-    )
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
     for name, command in commands.items():
         app.command(name, epilog=EXIT_CODES)(command)
     return app

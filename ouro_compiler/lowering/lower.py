@@ -20,8 +20,8 @@ _SCAN = torch.ops.ouro.selective_scan.default
 def lower(gm: fx.GraphModule, rows: Sequence[LayerRow]) -> list[str]:
     """Lower in place, filling the rows' status; returns notes for the report.
 
-    Rows come from the recipe's plan; a layer it selected that did not become an integer op is turned
-    into a skipped row with the reason.
+    Rows come from the recipe's plan; a layer it selected that did not become an integer op is
+    turned into a skipped row with the reason.
     """
     refused: dict[str, str] = {}
     lowered: set[str] = set()

@@ -1,4 +1,4 @@
-"""Lowering rules, looked up by op. Patterns are the passes' work; a rule packs one node's constants."""
+"""Lowering rules, looked up by op. Passes match patterns; a rule packs one node's constants."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights of `linear_dynamic_outlier` and `dequantize_weight`: 4-bit codes are packed two a byte."""
+"""Weights of `linear_dynamic_outlier` and `dequantize_weight`: 4-bit codes go two a byte."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _supports(gm: fx.GraphModule, node: fx.Node) -> str | None:
 
 
 def _pack(gm: fx.GraphModule, node: fx.Node) -> None:
-    """Pack in place whatever fits 4 bits. Codes that another node packed already stay as they are."""
+    """Pack in place whatever fits 4 bits. Codes that are packed already stay as they are."""
     qweight = argument(node, "qweight")
     codes = get_constant(gm, qweight)
     assert codes is not None

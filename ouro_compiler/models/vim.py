@@ -69,9 +69,7 @@ class VimMixer(nn.Module):
         self.if_divide_out = config.if_divide_out
         self.in_proj = nn.Linear(config.embed_dim, 2 * inner, bias=False)
         for suffix in ("", "_b"):
-            conv = nn.Conv1d(
-                inner, inner, config.d_conv, groups=inner, padding=config.d_conv - 1
-            )
+            conv = nn.Conv1d(inner, inner, config.d_conv, groups=inner, padding=config.d_conv - 1)
             x_proj = nn.Linear(inner, self.rank + 2 * self.states, bias=False)
             self.add_module(f"conv1d{suffix}", conv)
             self.add_module(f"x_proj{suffix}", x_proj)
@@ -89,9 +87,7 @@ class VimMixer(nn.Module):
         x_proj: nn.Linear = getattr(self, f"x_proj{suffix}")
         dt_proj: nn.Linear = getattr(self, f"dt_proj{suffix}")
         u = torch.ops.ouro.causal_conv1d(x, conv.weight.squeeze(1), conv.bias, True, reverse)
-        delta, B, C = x_proj(u.transpose(1, 2)).split(
-            [self.rank, self.states, self.states], dim=-1
-        )
+        delta, B, C = x_proj(u.transpose(1, 2)).split([self.rank, self.states, self.states], dim=-1)
         return torch.ops.ouro.selective_scan(
             u,
             F.linear(delta, dt_proj.weight).transpose(1, 2),
@@ -184,9 +180,10 @@ class Vim(nn.Module):
         self.head = nn.Linear(config.embed_dim, config.num_classes)
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
-        for layer in self.layers:  # keep the residual's variance independent of depth
-            with torch.no_grad():
-                layer.mixer.out_proj.weight.div_(math.sqrt(config.depth))
+        with torch.no_grad():  # keep the residual's variance independent of depth
+            for name, parameter in self.layers.named_parameters():
+                if name.endswith("out_proj.weight"):
+                    parameter.div_(math.sqrt(config.depth))
 
     @property
     def cls_index(self) -> int | None:
@@ -234,8 +231,8 @@ VIM_MICRO = VimConfig(
 # Names that `--arch` and a file's metadata use.
 ARCHITECTURES: dict[str, VimConfig] = {
     "vim_micro": VIM_MICRO,
-    **{f"vim_{size}": vim_config(size) for size in ("tiny", "small", "base")},  # type: ignore[arg-type]
-    **{f"vim_{size}_stride8": vim_config(size, stride=8) for size in ("tiny", "small", "base")},  # type: ignore[arg-type]
+    **{f"vim_{size}": vim_config(size) for size in ("tiny", "small", "base")},
+    **{f"vim_{size}_stride8": vim_config(size, stride=8) for size in ("tiny", "small", "base")},
 }
 
 

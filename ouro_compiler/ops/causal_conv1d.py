@@ -1,7 +1,7 @@
 """`ouro::causal_conv1d`: depthwise causal convolution along time, optionally followed by SiLU.
 
-x is (B, D, L), weight (D, W), bias (D,); y_t = sum_i weight[:, i] x_{t - (W-1) + i}, zero before the
-start. With `reverse` time runs from the last token to the first (y_t reads x_t .. x_{t+W-1}).
+x is (B, D, L), weight (D, W), bias (D,); y_t = sum_i weight[:, i] x_{t - (W-1) + i}, zero before
+the start. With `reverse` time runs from the last token to the first (y_t reads x_t .. x_{t+W-1}).
 The result has x's dtype and memory laid out as (B, L, D).
 """
 

@@ -1,4 +1,4 @@
-"""`ouro::linear_dynamic_outlier` and `ouro::dequantize_weight`: products of quantized operands (METHODS 4).
+"""`ouro::linear_dynamic_outlier` and `ouro::dequantize_weight`: quantized products (METHODS 4).
 
 With U the channels listed anywhere, `acc = codes @ W` and `acc_o = (codes[:, U] * listed) @ W[U]`
 are exact int32 products, and in fp32

@@ -1,4 +1,4 @@
-"""`ouro::add_norm`: residual addition followed by RMS or layer normalisation over the last dimension.
+"""`ouro::add_norm`: residual addition, then RMS or layer normalisation of the last dimension.
 
     r = x + residual                      (fp32; residual optional)
     y = normalise(r) * weight + bias      (fp32, returned in x's dtype; bias optional)

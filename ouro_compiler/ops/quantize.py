@@ -1,4 +1,4 @@
-"""Dynamic-outlier quantization of activations (METHODS 1, 3.3, 3.5): the one definition of its numbers.
+"""Dynamic-outlier quantization of activations (METHODS 1, 3.3, 3.5): the definition.
 
 An activation x (B, L, K) is cut along time into windows of `refresh_period` tokens, counted in scan
 order (from the last token with `reverse`). Inside a window a list of outlier channels grows: at a
@@ -13,7 +13,8 @@ outlier_start  uint8 (B, J, K)  position inside window j at which channel k was 
                                 (int32 and 2**31 - 1 where windows are longer than 255)
 
 inlier_scale, zero_point and threshold are (L,), indexed by token whatever the direction. Without a
-zero point the code is symmetric, in [-Q, Q] with Q = 2**(bits-1) - 1. With one (0 .. 2**bits - 1) it
+zero point the code is symmetric, in [-Q, Q] with Q = 2**(bits-1) - 1. With one (0 .. 2**bits - 1)
+it
 is asymmetric, and stored minus 2**(bits-1) so that 8 bits fit int8; the threshold then bounds the
 distance from the middle of the representable interval.
 """
@@ -228,7 +229,7 @@ def dequantize_dynamic_outlier_ref(
     refresh_period: int,
     reverse: bool,
 ) -> Tensor:
-    """x-hat fp32 (B, L, K). With outlier_bits 16 listed entries are read from x, as fp16 or fp32."""
+    """x-hat fp32 (B, L, K). With outlier_bits 16 listed entries are read from x."""
     listed = listed_mask(outlier_start, codes.shape[1], refresh_period, reverse)
     zero = None if zero_point is None else zero_point.float()[:, None]
     inliers = dequantize_codes(codes, inlier_scale.float()[:, None], zero, inlier_bits)

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class PassContext:
-    """What passes may read: the configuration, and for the quantizing ones sites and their table."""
+    """What passes may read: the configuration, and when quantizing sites and their table."""
 
     config: QuantConfig = field(default_factory=QuantConfig)
     sites: Sequence[Site] = ()

@@ -1,8 +1,9 @@
 """fuse_dequantize_epilogue: products on integer codes instead of on dequantized values.
 
-    linear(dequantize(codes, ...), dequantize_weight(qweight), bias)  [-> silu | softplus]  [-> + residual]
-becomes one `ouro::linear_dynamic_outlier`. The activation is taken in only if nothing else reads the
-linear's result; the residual only if it has exactly the result's shape and dtype. Left alone:
+    linear(dequantize(codes, ...), dequantize_weight(qweight), bias)  [-> silu | softplus]  [-> +
+    residual]
+becomes one `ouro::linear_dynamic_outlier`. The activation is taken in only if nothing else reads
+the linear's result; the residual only if it has exactly the result's shape and dtype. Left alone:
 asymmetric activations or weights, and a linear with only one of the two quantized.
 """
 
@@ -59,7 +60,7 @@ def _fuse(gm: fx.GraphModule, linear: fx.Node) -> None:
     last, activation = linear, "none"
     follower = _only_user(last)
     if follower is not None and _is_plain_activation(follower):
-        last, activation = follower, _ACTIVATIONS[follower.target]
+        last, activation = follower, _ACTIVATIONS[follower.target]  # type: ignore[index]
     residual = None
     follower = _only_user(last)
     if follower is not None and (other := _residual_of(follower, last)) is not None:

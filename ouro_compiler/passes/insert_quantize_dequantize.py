@@ -1,6 +1,7 @@
 """insert_quantize_dequantize: put the calibrated quantizers into the graph, in floating point.
 
-1. A linear's input at a site becomes `dequantize(quantize(x))`, its weight `dequantize_weight(codes)`.
+1. A linear's input at a site becomes `dequantize(quantize(x))`, its weight
+`dequantize_weight(codes)`.
 2. A scan's delta, B and C become `dequantize(quantize(.))` on their token-major form; A becomes
    `-exp(dequantize_weight(codes of log(-A)))`, one scale and zero point a channel; D is quantized
    with one symmetric scale.

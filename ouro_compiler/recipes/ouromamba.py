@@ -1,7 +1,7 @@
-"""OuroMamba-Quant (arXiv 2503.10959; METHODS 2.2, 3): dynamic outliers around linears and SSM operands.
+"""OuroMamba-Quant (arXiv 2503.10959; METHODS 2.2, 3): dynamic outliers.
 
-Selected are the linears inside blocks (input (B, L, K), constant weight) and, with `ssm` = params, the
-scans' operands: A and D (weight bits), B and C (activation bits, no outliers), delta before
+Selected are the linears inside blocks (input (B, L, K), constant weight) and, with `ssm` = params,
+the scans' operands: A and D (weight bits), B and C (activation bits, no outliers), delta before
 softplus (asymmetric). Patch embedding, convolutions, norms and the classifier head stay in floating
 point, as in the published code.
 """
@@ -193,7 +193,7 @@ def _plan_convolution(gm: fx.GraphModule, node: fx.Node, config: QuantConfig) ->
 
 
 def _layer_name(weight: object, node: fx.Node) -> str:
-    """`layers.0.mixer.in_proj` for a weight `layers.0.mixer.in_proj.weight` (`weight_folded`, ...)."""
+    """`layers.0.mixer.in_proj` for `layers.0.mixer.in_proj.weight` (or `weight_folded`, ...)."""
     if isinstance(weight, fx.Node) and weight.op == "get_attr":
         path, _, leaf = str(weight.target).rpartition(".")
         return path if path and leaf.startswith("weight") else str(weight.target)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -57,9 +58,7 @@ def is_artifact(path: str | PathLike[str]) -> bool:
         return False
 
 
-def load(
-    path: str | PathLike[str], *, device: str | torch.device | None = None
-) -> CompiledModel:
+def load(path: str | PathLike[str], *, device: str | torch.device | None = None) -> CompiledModel:
     """Load an artefact and put it on a device (cpu).
 
     Raises ModelError if the file is missing, damaged, unsafe to open or no artefact of ours, and
@@ -90,8 +89,10 @@ def _compare_with_writer(model: CompiledModel, path: str) -> None:
     stored = torch.tensor(model.manifest["checksum"])
     here = torch.tensor(checksum(model))
     limit = _CHECK_TOLERANCE * float(stored.abs().max().clamp(min=1e-6))
-    verdict = "gives the stored outputs" if bool(((here - stored).abs() <= limit).all()) else (
-        "DOES NOT give the stored outputs: compile the model again"
+    verdict = (
+        "gives the stored outputs"
+        if bool(((here - stored).abs() <= limit).all())
+        else ("DOES NOT give the stored outputs: compile the model again")
     )
     warnings.warn(
         f"{path} was written with torch {model.manifest['torch_version']}, this is "
@@ -112,7 +113,7 @@ def build_manifest(
     """The content of `ouro.json`, all but the checksum; no times and no paths."""
     from ouro_compiler import __version__
 
-    return {
+    manifest = {
         "format_version": FORMAT_VERSION,
         "ouro_version": __version__,
         "torch_version": torch.__version__,
@@ -123,3 +124,4 @@ def build_manifest(
         "constants_sha256": constants_digest(program.state_dict),
         "report": report,
     }
+    return json.loads(json.dumps(manifest))  # plain JSON data, as a loaded one is

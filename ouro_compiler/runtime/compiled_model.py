@@ -18,9 +18,7 @@ class CompiledModel(nn.Module):
     Built by `ouro_compiler.compile` or `ouro_compiler.load`.
     """
 
-    def __init__(
-        self, program: torch.export.ExportedProgram, manifest: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, program: torch.export.ExportedProgram, manifest: Mapping[str, Any]) -> None:
         super().__init__()
         self.program, self.manifest = program, dict(manifest)
         self.seconds: dict[str, float] = {}  # what compiling took, by stage; not stored
@@ -29,7 +27,7 @@ class CompiledModel(nn.Module):
         self.graph_module = module
 
     def forward(self, images: Tensor) -> Tensor:
-        """Run a batch. Raises UsageError if the images do not have the shape it was compiled for."""
+        """Run a batch. Raises UsageError if the images have another shape."""
         expected = list(self.manifest["input"]["shape"])
         if list(images.shape[1:]) != expected[1:] or images.dim() != len(expected):
             raise UsageError(
