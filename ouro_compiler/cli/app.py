@@ -167,6 +167,8 @@ def inspect_command(
 def _log_passes(verbose: bool) -> None:
     if verbose:
         logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
+    # torch.export explains at length what our own sentence says in one line.
+    logging.getLogger("torch").setLevel(logging.ERROR)
 
 
 def _app(**commands: Callable[..., None]) -> typer.Typer:

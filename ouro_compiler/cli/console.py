@@ -52,11 +52,11 @@ def progress_bars(quiet: bool) -> Iterator[Progress | None]:
         yield update
 
 
-def print_table(table: Table) -> None:
-    """Print a rich table on stdout: 100 columns where stdout is no terminal."""
+def print_table(table: Table, *, piped_width: int = 100) -> None:
+    """Print a rich table on stdout: `piped_width` columns where stdout is no terminal."""
     from rich.console import Console
 
-    width = None if sys.stdout.isatty() else 100
+    width = None if sys.stdout.isatty() else piped_width
     Console(width=width, highlight=False).print(table)
 
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import fx
 
 _NOISE_IMAGES = 8
+_PIPED_WIDTH = 240  # one line a node, for grep
 
 
 def run(
@@ -83,4 +84,4 @@ def _print_nodes(rows: list[dict[str, Any]]) -> None:
             f"{100 * share:.2f} %" if share is not None else "",
             row.get("site", ""),
         )
-    print_table(table)
+    print_table(table, piped_width=_PIPED_WIDTH)

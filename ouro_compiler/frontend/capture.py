@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 import torch
@@ -43,7 +44,8 @@ def export(module: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
     batch = example if example.shape[0] > 1 else torch.cat((example, example))
     dynamic = ({0: torch.export.Dim("batch", min=1, max=MAX_BATCH)},)
     try:
-        with torch.no_grad(), _frozen(module):
+        # On failure torch prints the whole graph to stderr; the sentence below says what matters.
+        with torch.no_grad(), _frozen(module), redirect_stderr(io.StringIO()):
             return torch.export.export(module, (batch,), dynamic_shapes=dynamic, strict=False)
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
