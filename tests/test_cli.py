@@ -32,7 +32,7 @@ Cli = Callable[..., Result]
 def cli(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Cli:
-    """Run `ouro ARGS` (or, with entry=compile_main, `ouro-compile ARGS`) in a folder with a model."""
+    """Run `ouro ARGS` (with entry=compile_main `ouro-compile ARGS`) beside a model."""
     state = {name: tensor.clone() for name, tensor in small_vim().state_dict().items()}
     save_file(state, tmp_path / "vim.safetensors")
     np.savez(tmp_path / "images.npz", images=images().numpy())
