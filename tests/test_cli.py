@@ -29,9 +29,7 @@ Cli = Callable[..., Result]
 
 
 @pytest.fixture
-def cli(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Cli:
+def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
     """Run `ouro ARGS` (with entry=compile_main `ouro-compile ARGS`) beside a model."""
     state = {name: tensor.clone() for name, tensor in small_vim().state_dict().items()}
     save_file(state, tmp_path / "vim.safetensors")
