@@ -69,6 +69,7 @@ def refuse(where: str, reason: str) -> NoReturn:
 
 
 def short(value: Any) -> str:
+    """A value as an error shows it: a few dozen characters at most."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
@@ -86,6 +87,8 @@ def _is(kind: type, name: str) -> Rule:
 
 
 def matching(pattern: re.Pattern[str], what: str) -> Rule:
+    """A rule for strings that match a pattern as a whole."""
+
     def check(value: Any, where: str) -> Any:
         if not isinstance(value, str) or not pattern.fullmatch(value):
             refuse(where, f"is {short(value)}, which is no {what}")
@@ -95,6 +98,7 @@ def matching(pattern: re.Pattern[str], what: str) -> Rule:
 
 
 def one_of(allowed: Iterable[Any], what: str) -> Rule:
+    """A rule for values out of a fixed set."""
     values = tuple(allowed)
 
     def check(value: Any, where: str) -> Any:
@@ -106,12 +110,14 @@ def one_of(allowed: Iterable[Any], what: str) -> Rule:
 
 
 def integer(value: Any, where: str) -> int:
+    """A whole number; a boolean is none."""
     if type(value) is not int or not -(2**63) <= value < 2**63:
         refuse(where, f"is {short(value)} instead of a 64-bit integer")
     return int(value)
 
 
 def size(value: Any, where: str) -> int:
+    """A whole number that is not negative."""
     number = integer(value, where)
     if number < 0:
         refuse(where, f"is negative ({number})")
@@ -119,6 +125,7 @@ def size(value: Any, where: str) -> int:
 
 
 def real_number(value: Any, where: str) -> Any:
+    """A number as JSON or torch's schema writes it."""
     if type(value) not in (int, float) and value not in ("Infinity", "-Infinity", "NaN"):
         refuse(where, f"is {short(value)} instead of a number")
     return value
@@ -254,6 +261,7 @@ def _tree(value: Any, where: str) -> dict[str, Any]:
 
 
 def anything(value: Any, where: str) -> Any:
+    """No rule: only for what is never handed on as code."""
     return value
 
 
@@ -263,14 +271,18 @@ def dropped(replacement: Any) -> Rule:
 
 
 def refused(reason: str) -> Rule:
+    """A rule that refuses whatever is there, with a reason."""
     return lambda value, where: refuse(where, reason)
 
 
 def nullable(rule: Rule) -> Rule:
+    """A rule, or null."""
     return lambda value, where: None if value is None else rule(value, where)
 
 
 def list_of(rule: Rule) -> Rule:
+    """A list of values under one rule."""
+
     def check(value: Any, where: str) -> list[Any]:
         found = _is(list, "a list")(value, where)
         return [rule(item, f"{where}[{index}]") for index, item in enumerate(found)]
@@ -279,6 +291,8 @@ def list_of(rule: Rule) -> Rule:
 
 
 def map_of(key: Rule, rule: Rule) -> Rule:
+    """An object with keys and values under a rule each."""
+
     def check(value: Any, where: str) -> dict[str, Any]:
         found = _is(dict, "an object")(value, where)
         return {key(k, f"{where} key"): rule(v, f"{where}.{short(k)}") for k, v in found.items()}
@@ -305,6 +319,8 @@ def record(required: dict[str, Rule], optional: dict[str, Rule] | None = None) -
 
 
 def union(**cases: Rule) -> Rule:
+    """An object with exactly one key, whose value is under that key's rule."""
+
     def check(value: Any, where: str) -> dict[str, Any]:
         found = _is(dict, "an object")(value, where)
         if len(found) != 1 or not found.keys() <= cases.keys():

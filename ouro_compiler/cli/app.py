@@ -165,10 +165,11 @@ def inspect_command(
 
 
 def _log_passes(verbose: bool) -> None:
-    if verbose:
-        logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
+    logger = logging.getLogger("ouro_compiler")
+    logger.handlers = [logging.StreamHandler(sys.stderr)] if verbose else []
+    logger.setLevel(logging.INFO if verbose else logging.WARNING)
     # torch.export explains at length what our own sentence says in one line.
-    logging.getLogger("torch").setLevel(logging.ERROR)
+    logging.getLogger("torch.fx.experimental.symbolic_shapes").setLevel(logging.ERROR)
 
 
 def _app(**commands: Callable[..., None]) -> typer.Typer:
