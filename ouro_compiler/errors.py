@@ -37,3 +37,9 @@ class DeviceError(OuroError):
     """The device that was asked for is not on this machine."""
 
     exit_code = 6
+
+
+class CacheError(OuroError):
+    """The cache of generated code cannot be used safely."""
+
+    exit_code = 2

@@ -41,11 +41,12 @@ def add_norm_ref(
         shift = None if bias is None else bias.float()
         y = F.layer_norm(total, total.shape[-1:], weight.float(), shift, eps)
     # An op may not return its input: `.float()` is one when x is fp32 and there is no residual.
-    kept = total.to(_residual_dtype(x, residual, residual_fp32), copy=residual is None)
+    kept = total.to(residual_dtype(x, residual, residual_fp32), copy=residual is None)
     return y.to(x.dtype).contiguous(), kept.contiguous()
 
 
-def _residual_dtype(x: Tensor, residual: Tensor | None, residual_fp32: bool) -> torch.dtype:
+def residual_dtype(x: Tensor, residual: Tensor | None, residual_fp32: bool) -> torch.dtype:
+    """The dtype of add_norm's second result."""
     if residual_fp32:
         return torch.float32
     return x.dtype if residual is None else residual.dtype
@@ -60,7 +61,7 @@ def _fake(
     rms: bool,
     residual_fp32: bool,
 ) -> tuple[Tensor, Tensor]:
-    dtype = _residual_dtype(x, residual, residual_fp32)
+    dtype = residual_dtype(x, residual, residual_fp32)
     return x.new_empty(x.shape), x.new_empty(x.shape, dtype=dtype)
 
 

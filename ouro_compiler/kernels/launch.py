@@ -1,0 +1,128 @@
+"""Launching kernels, or recording what would be launched; block sizes for each kernel.
+
+No autotuning: sizes follow from shapes, so that a model's kernels can be compiled ahead. They do
+not depend on the batch.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ouro_compiler.kernels.cache import load_kernel
+from ouro_compiler.kernels.spec import KernelSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """One kernel launch: args are the parameters that are no constants, in order."""
+
+    spec: KernelSpec
+    grid: tuple[int, int, int]
+    args: tuple[Any, ...]
+
+
+@dataclass(kw_only=True)
+class Recording:
+    """What an operator would have launched, and the copies it would have made."""
+
+    launches: list[Launch] = field(default_factory=list)
+    copies: list[str] = field(default_factory=list)
+
+
+_RECORDING: contextvars.ContextVar[Recording | None] = contextvars.ContextVar(
+    "ouro_recording", default=None
+)
+
+
+@contextmanager
+def record_launches() -> Iterator[Recording]:
+    """Inside, launches and copies are recorded and nothing runs: fake tensors will do."""
+    recording = Recording()
+    token = _RECORDING.set(recording)
+    try:
+        yield recording
+    finally:
+        _RECORDING.reset(token)
+
+
+def launch(spec: KernelSpec, grid: tuple[int, int, int], *args: Any) -> None:
+    """Launch on the current stream of the first tensor's device, or record."""
+    recording = _RECORDING.get()
+    if recording is not None:
+        recording.launches.append(Launch(spec=spec, grid=grid, args=args))
+        return
+    if 0 in grid:
+        return
+    with _on_device(args[0]):
+        load_kernel(spec)[grid](*args, **launch_options(spec))
+
+
+def launch_options(spec: KernelSpec) -> dict[str, Any]:
+    """Compile options in Triton's names."""
+    return {
+        "num_warps": spec.num_warps,
+        "num_stages": spec.num_stages,
+        "enable_fp_fusion": spec.fp_fusion,
+    }
+
+
+def contiguous(tensor: Tensor, name: str) -> Tensor:
+    """A contiguous form of an operand; a copy is recorded."""
+    if tensor.is_contiguous():
+        return tensor
+    recording = _RECORDING.get()
+    if recording is not None:
+        recording.copies.append(f"{name} is copied: it is not contiguous")
+    return tensor.contiguous()
+
+
+def _on_device(tensor: Tensor) -> AbstractContextManager[Any]:
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+@functools.cache
+def interpreting() -> bool:
+    """Does Triton interpret (TRITON_INTERPRET=1 when it was imported)? No inline assembly then."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def next_power_of_2(value: int) -> int:
+    """The smallest power of two that is at least `value`, a positive integer."""
+    return 1 << (value - 1).bit_length()
+
+
+def quantizer_warps(columns: int) -> int:
+    """Warps for a row: eight columns a lane at most, where there are enough warps."""
+    return max(1, min(8, next_power_of_2(columns) // 256))
+
+
+def linear_blocks(rows_of_weight: int, bytes_a_row: int) -> dict[str, int]:
+    """BLOCK_M/N/K of a product with a weight of (rows, bytes).
+
+    64 rows: more make the lists of a tile longer (KERNELS: windows are 10 tokens). 128 columns and
+    two accumulators spill.
+    """
+    block_n = max(16, min(128, next_power_of_2(rows_of_weight)))
+    for block_k in (128, 64, 32):
+        if bytes_a_row % block_k == 0:
+            return {"BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_K": block_k}
+    return {
+        "BLOCK_M": 64,
+        "BLOCK_N": block_n,
+        "BLOCK_K": max(32, min(64, next_power_of_2(bytes_a_row))),
+    }
+
+
+def scan_channels(channels: int) -> int:
+    """Channels a program of a scan: one a lane."""
+    return min(32, next_power_of_2(channels))

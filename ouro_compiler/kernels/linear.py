@@ -1,0 +1,95 @@
+"""Launch of the two-scale product: the list of outlier columns of each tile, then the product."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ouro_compiler.kernels.launch import contiguous, interpreting, launch, linear_blocks
+from ouro_compiler.kernels.quantize import FLOATS
+from ouro_compiler.kernels.spec import Epilogue, Template, make_spec
+from ouro_compiler.ops.quantize import KEEP_FLOAT_BITS, window_length
+
+_ACTIVATIONS = {"none": (), "silu": (Epilogue.SILU,), "softplus": (Epilogue.SOFTPLUS,)}
+_COLUMNS_A_STEP = 32  # outlier columns: the smallest K of an int8 matrix instruction
+
+
+def refuse(codes: Tensor, x: Tensor | None, qweight: Tensor, dtype: torch.dtype) -> str | None:
+    """Why no kernel computes this product; None if one does."""
+    if codes.dtype != torch.int8 or qweight.dtype not in (torch.int8, torch.uint8):
+        return f"kernels take int8 codes and int8 or packed weights, got {qweight.dtype}"
+    if dtype not in FLOATS or (x is not None and x.dtype not in FLOATS):
+        return f"kernels take and return fp16, bf16 and fp32, got {dtype}"
+    return None
+
+
+def linear_dynamic_outlier(
+    codes: Tensor,
+    inlier_scale: Tensor,
+    outlier_scale: Tensor,
+    outlier_start: Tensor,
+    x: Tensor | None,
+    qweight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    inlier_bits: int,
+    outlier_bits: int,
+    refresh_period: int,
+    reverse: bool,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`linear_dynamic_outlier_ref` by kernel. x may have any strides; the rest is made contiguous."""
+    del inlier_bits  # codes are codes
+    batch, length, columns = codes.shape
+    outputs = qweight.shape[0]
+    codes, qweight = contiguous(codes, "codes"), contiguous(qweight, "qweight")
+    residual = None if residual is None else contiguous(residual, "residual")
+    y = codes.new_empty((batch, length, outputs), dtype=dtype or torch.float32)
+    keep_float = outlier_bits == KEEP_FLOAT_BITS
+    blocks = linear_blocks(outputs, qweight.shape[1])
+    rows = batch * length
+    # In floating point the order of a sum must not depend on the other samples: tiles of one sample.
+    tiles = batch * -(-length // blocks["BLOCK_M"]) if keep_float else -(-rows // blocks["BLOCK_M"])
+    lists = codes.new_empty((tiles, columns), dtype=torch.int32)
+    counts = codes.new_empty(tiles, dtype=torch.int32)
+    common = {
+        "LENGTH": length,
+        "COLUMNS": columns,
+        "WINDOW": window_length(refresh_period, length),
+        "REVERSE": reverse,
+        "PER_SAMPLE": keep_float,
+        "BLOCK_M": blocks["BLOCK_M"],
+    }
+    list_spec = make_spec(Template.OUTLIER_COLUMNS, BLOCK_R=16, BLOCK_K=256, **common)
+    launch(list_spec, (tiles, 1, 1), contiguous(outlier_start, "start"), lists, counts, rows)
+    packed = qweight.dtype == torch.uint8
+    even = columns % (2 if packed else 1) == 0 and qweight.shape[1] % blocks["BLOCK_K"] == 0
+    epilogue = (
+        *((Epilogue.BIAS,) if bias is not None else ()),
+        *_ACTIVATIONS[activation],
+        *((Epilogue.RESIDUAL,) if residual is not None else ()),
+    )
+    spec = make_spec(
+        Template.LINEAR,
+        epilogue=epilogue,
+        num_warps=8 if blocks["BLOCK_N"] == 128 else 4,
+        OUTPUTS=outputs,
+        OUTLIER_BITS=outlier_bits,
+        PACKED=packed,
+        SCALE_PER_OUTPUT=weight_scale.numel() > 1,
+        INLINE_ASM=not interpreting(),
+        EVEN_K=even,
+        BLOCK_N=blocks["BLOCK_N"],
+        BLOCK_K=blocks["BLOCK_K"],
+        BLOCK_O=_COLUMNS_A_STEP,
+        **common,
+    )
+    grid = (tiles * -(-outputs // blocks["BLOCK_N"]), 1, 1)
+    strides = (0, 0, 0) if x is None else x.stride()
+    activations = (codes, inlier_scale, outlier_scale, outlier_start, lists, counts, x)
+    launch(
+        spec, grid, *activations, qweight, weight_scale, bias, residual, y, rows, *strides
+    )
+    return y

@@ -1,0 +1,181 @@
+"""Launches of the quantizers: plain, and behind norm, convolution or gate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ouro_compiler.kernels.launch import contiguous, launch, next_power_of_2, quantizer_warps
+from ouro_compiler.kernels.spec import KernelSpec, Template, make_spec
+from ouro_compiler.ops.fused import empty_quantized
+from ouro_compiler.ops.library import empty_token_major
+from ouro_compiler.ops.norm import residual_dtype
+from ouro_compiler.ops.quantize import window_length
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+_MAX_COLUMNS = 8192  # a row lives in registers
+
+
+def refuse_row(x: Tensor, columns: int) -> str | None:
+    """Why no kernel quantizes rows of x; None if one does."""
+    if x.dtype not in FLOATS:
+        return f"its input is {x.dtype}: kernels take fp16, bf16 and fp32"
+    if columns > _MAX_COLUMNS:
+        return f"a row of {columns} channels does not fit a program's registers"
+    return None
+
+
+def _spec(
+    template: Template,
+    start: Tensor,
+    length: int,
+    columns: int,
+    static: tuple[int, int, int, bool],
+    **constants: int,
+) -> KernelSpec:
+    inlier_bits, outlier_bits, refresh_period, reverse = static
+    return make_spec(
+        template,
+        num_warps=quantizer_warps(columns),
+        num_stages=1,
+        fp_fusion=False,  # codes are the reference's bit for bit
+        LENGTH=length,
+        COLUMNS=columns,
+        WINDOW=window_length(refresh_period, length),
+        INLIER_BITS=inlier_bits,
+        OUTLIER_BITS=outlier_bits,
+        REVERSE=reverse,
+        NEVER=torch.iinfo(start.dtype).max,
+        BLOCK_K=next_power_of_2(columns),
+        **constants,
+    )
+
+
+def _grid(start: Tensor) -> tuple[int, int, int]:
+    return (start.shape[1], start.shape[0], 1)
+
+
+def quantize_dynamic_outlier(
+    x: Tensor,
+    inlier_scale: Tensor,
+    zero_point: Tensor | None,
+    threshold: Tensor,
+    *static: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`quantize_dynamic_outlier_ref` by kernel; x (B, L, K) may have any strides."""
+    _, length, columns = x.shape
+    codes, scale, start = empty_quantized(x, tuple(x.shape), static[2])  # type: ignore[arg-type]
+    spec = _spec(
+        Template.QUANTIZE, start, length, columns, static, ASYMMETRIC=zero_point is not None
+    )
+    vectors = (inlier_scale, zero_point, threshold)
+    launch(spec, _grid(start), x, *vectors, codes, scale, start, *x.stride())
+    return codes, scale, start
+
+
+def add_norm_quantize(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    rms: bool,
+    residual_fp32: bool,
+    inlier_scale: Tensor,
+    threshold: Tensor,
+    inlier_bits: int,
+    outlier_bits: int,
+    refresh_period: int,
+    reverse: bool,
+    emit: bool,
+) -> tuple[Tensor, ...]:
+    """`add_norm_quantize_ref` by kernel."""
+    _, length, columns = x.shape
+    x = contiguous(x, "x")
+    residual = None if residual is None else contiguous(residual, "residual")
+    codes, scale, start = empty_quantized(x, tuple(x.shape), refresh_period)  # type: ignore[arg-type]
+    value = x.new_empty(x.shape if emit else 0)
+    total = x.new_empty(x.shape, dtype=residual_dtype(x, residual, residual_fp32))
+    spec = _spec(
+        Template.ADD_NORM_QUANTIZE,
+        start,
+        length,
+        columns,
+        (inlier_bits, outlier_bits, refresh_period, reverse),
+        RMS=rms,
+        HAS_RESIDUAL=residual is not None,
+        HAS_BIAS=bias is not None,
+        EMIT=emit,
+    )
+    inputs = (x, residual, weight, bias, inlier_scale, threshold)
+    outputs = (codes, scale, start, value if emit else None, total)
+    launch(spec, _grid(start), *inputs, *outputs, eps)
+    return codes, scale, start, value, total
+
+
+def causal_conv1d_quantize(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    silu: bool,
+    inlier_scale: Tensor,
+    threshold: Tensor,
+    *static: Any,
+) -> tuple[Tensor, ...]:
+    """`causal_conv1d_quantize_ref` by kernel; x (B, K, L) may have any strides."""
+    batch, columns, length = x.shape
+    codes, scale, start = empty_quantized(x, (batch, length, columns), static[2])
+    value = empty_token_major(x)
+    spec = _spec(
+        Template.CONV_QUANTIZE,
+        start,
+        length,
+        columns,
+        static,  # type: ignore[arg-type]
+        TAPS=weight.shape[1],
+        HAS_BIAS=bias is not None,
+        SILU=silu,
+    )
+    inputs = (x, contiguous(weight, "weight"), bias, inlier_scale, threshold)
+    launch(spec, _grid(start), *inputs, codes, scale, start, value, *x.stride())
+    return codes, scale, start, value
+
+
+def gate_sum_quantize(
+    y: Tensor,
+    other: Tensor | None,
+    z: Tensor | None,
+    factor: float,
+    inlier_scale: Tensor,
+    threshold: Tensor,
+    inlier_bits: int,
+    outlier_bits: int,
+    refresh_period: int,
+    reverse: bool,
+    emit: bool,
+) -> tuple[Tensor, ...]:
+    """`gate_sum_quantize_ref` by kernel; y, other and z (B, K, L) may have any strides."""
+    batch, columns, length = y.shape
+    codes, scale, start = empty_quantized(y, (batch, length, columns), refresh_period)
+    value = y.new_empty((batch, length, columns) if emit else 0)
+    spec = _spec(
+        Template.GATE_SUM_QUANTIZE,
+        start,
+        length,
+        columns,
+        (inlier_bits, outlier_bits, refresh_period, reverse),
+        HAS_OTHER=other is not None,
+        HAS_Z=z is not None,
+        EMIT=emit,
+    )
+    strides = [
+        stride
+        for tensor in (y, other, z)
+        for stride in ((0, 0, 0) if tensor is None else tensor.stride())
+    ]
+    outputs = (codes, scale, start, value if emit else None)
+    vectors = (inlier_scale, threshold)
+    launch(spec, _grid(start), y, other, z, *vectors, *outputs, float(factor), *strides)
+    return codes, scale, start, value

@@ -1,0 +1,100 @@
+"""Launches of the selective scan and of the causal convolution."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ouro_compiler.kernels.launch import contiguous, launch, next_power_of_2, scan_channels
+from ouro_compiler.kernels.quantize import FLOATS
+from ouro_compiler.kernels.spec import Template, make_spec
+from ouro_compiler.ops.library import empty_token_major
+
+_MAX_STATES = 64  # a channel's states live in one lane's registers
+
+
+def refuse_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> str | None:
+    """Why no kernel runs this scan; None if one does."""
+    for tensor in (u, delta, A, B, C):
+        if tensor.dtype not in FLOATS:
+            return f"kernels scan fp16, bf16 and fp32, got {tensor.dtype}"
+    if A.shape[1] > _MAX_STATES:
+        return f"{A.shape[1]} states a channel do not fit a lane's registers"
+    return None
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    reverse: bool = False,
+) -> Tensor:
+    """`selective_scan_ref` by kernel; every operand but A may have any strides."""
+    batch, channels, length = u.shape
+    B, C = (matrix[:, None] if matrix.dim() == 3 else matrix for matrix in (B, C))
+    groups = B.shape[1]
+    in_group = channels // groups
+    y = empty_token_major(u)
+    block_d = scan_channels(in_group)
+    spec = make_spec(
+        Template.SCAN,
+        num_warps=1,
+        num_stages=1,
+        LENGTH=length,
+        CHANNELS=in_group,
+        STATES=A.shape[1],
+        REVERSE=reverse,
+        HAS_D=D is not None,
+        HAS_Z=z is not None,
+        HAS_DELTA_BIAS=delta_bias is not None,
+        DELTA_SOFTPLUS=delta_softplus,
+        BLOCK_N=next_power_of_2(A.shape[1]),
+        BLOCK_D=block_d,
+    )
+    vectors = (
+        None if D is None else contiguous(D, "D"),
+        z,
+        None if delta_bias is None else contiguous(delta_bias, "delta_bias"),
+    )
+    strides = (
+        *u.stride(),
+        *delta.stride(),
+        *((0, 0, 0) if z is None else z.stride()),
+        *B.stride(),
+        *C.stride(),
+        channels,
+    )
+    grid = (-(-in_group // block_d), groups, batch)
+    launch(spec, grid, u, delta, contiguous(A, "A"), B, C, *vectors, y, *strides)
+    return y
+
+
+def causal_conv1d(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, silu: bool = False, reverse: bool = False
+) -> Tensor:
+    """`causal_conv1d_ref` by kernel; x (B, D, L) may have any strides."""
+    batch, channels, length = x.shape
+    y = empty_token_major(x)
+    block_d = min(128, next_power_of_2(channels))
+    block_l = 16
+    spec = make_spec(
+        Template.CONV,
+        num_warps=4,
+        num_stages=1,
+        LENGTH=length,
+        CHANNELS=channels,
+        TAPS=weight.shape[1],
+        REVERSE=reverse,
+        HAS_BIAS=bias is not None,
+        SILU=silu,
+        BLOCK_L=block_l,
+        BLOCK_D=block_d,
+    )
+    grid = (-(-length // block_l), -(-channels // block_d), batch)
+    launch(spec, grid, x, contiguous(weight, "weight"), bias, y, *x.stride())
+    return y

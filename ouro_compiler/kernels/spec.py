@@ -1,0 +1,101 @@
+"""KernelSpec: which kernel, in enums and integers; everything generated follows from it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Template(str, Enum):
+    """Files of `kernels/templates`; each defines one kernel, `<value>_kernel`."""
+
+    QUANTIZE = "quantize_dynamic_outlier"
+    ADD_NORM_QUANTIZE = "add_norm_quantize"
+    CONV_QUANTIZE = "causal_conv1d_quantize"
+    GATE_SUM_QUANTIZE = "gate_sum_quantize"
+    OUTLIER_COLUMNS = "list_outlier_columns"
+    LINEAR = "linear_dynamic_outlier"
+    CONV = "causal_conv1d"
+    SCAN = "selective_scan"
+
+
+class Epilogue(str, Enum):
+    """What a product's tile goes through before it is stored, in the order given."""
+
+    BIAS = "bias"
+    SILU = "silu"
+    SOFTPLUS = "softplus"
+    RESIDUAL = "residual"
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelSpec:
+    """A kernel to generate.
+
+    constants: a value for every constexpr parameter of the template, sorted by name.
+    fp_fusion: may a * b + c become one fused multiply-add? Quantizers forbid it, so that their
+    codes are the reference's bit for bit.
+    """
+
+    template: Template
+    constants: tuple[tuple[str, int], ...]
+    epilogue: tuple[Epilogue, ...] = ()
+    num_warps: int = 4
+    num_stages: int = 3
+    fp_fusion: bool = True
+
+    def __post_init__(self) -> None:
+        if list(self.constants) != sorted(self.constants):
+            raise ValueError("constants must be sorted by name")
+        if any(type(value) is not int for _, value in self.constants):
+            raise ValueError(f"constants must be integers, got {self.constants}")
+
+    def __getitem__(self, name: str) -> int:
+        """The value of a constant. Raises KeyError."""
+        return dict(self.constants)[name]
+
+    @property
+    def digest(self) -> str:
+        """sha256 of everything in the spec, in hexadecimal."""
+        content = {
+            "template": self.template.value,
+            "constants": self.constants,
+            "epilogue": [one.value for one in self.epilogue],
+            "options": [self.num_warps, self.num_stages, self.fp_fusion],
+        }
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    @property
+    def label(self) -> str:
+        """What reports and graphs call it: template, bits and epilogue."""
+        constants = dict(self.constants)
+        parts = [self.template.value]
+        if self.template is Template.LINEAR:
+            parts += ["int4" if constants["PACKED"] else "int8", f"o{constants['OUTLIER_BITS']}"]
+        elif "INLIER_BITS" in constants:
+            parts.append(f"{constants['INLIER_BITS']}/{constants['OUTLIER_BITS']}")
+        if constants.get("REVERSE"):
+            parts.append("reverse")
+        return " ".join([*parts, *(one.value for one in self.epilogue)])
+
+
+def make_spec(
+    template: Template,
+    *,
+    epilogue: tuple[Epilogue, ...] = (),
+    num_warps: int = 4,
+    num_stages: int = 3,
+    fp_fusion: bool = True,
+    **constants: int,
+) -> KernelSpec:
+    """A KernelSpec from constants by name; booleans become 0 and 1."""
+    return KernelSpec(
+        template=template,
+        constants=tuple(sorted((name, int(value)) for name, value in constants.items())),
+        epilogue=epilogue,
+        num_warps=num_warps,
+        num_stages=num_stages,
+        fp_fusion=fp_fusion,
+    )

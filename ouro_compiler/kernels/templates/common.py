@@ -1,0 +1,23 @@
+"""Arithmetic that every kernel shares; matches `ouro_compiler.ops.activations`."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def round_half_even(x):
+    """Nearest integer of fp32 |x| < 2**22, ties to even: adding 1.5 * 2**23 drops the fraction."""
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def silu(x):
+    return x / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def softplus(x):
+    e = tl.exp(-tl.abs(x))
+    # log(1 + e) loses the digits of a small e: the series keeps them.
+    log1p = tl.where(e < 0.0078125, e * (1.0 - e * (0.5 - e * 0.33333334)), tl.log(1.0 + e))
+    return tl.maximum(x, 0.0) + log1p

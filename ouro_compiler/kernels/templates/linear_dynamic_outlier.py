@@ -1,0 +1,165 @@
+"""`ouro::linear_dynamic_outlier`: a (BLOCK_M, BLOCK_N) tile of the output a program.
+
+acc is the product of all codes; acc_o that of the listed ones alone, over the columns that
+`list_outlier_columns_kernel` found. Both are exact. Dequantization and what follows are the
+epilogue.
+"""
+
+import triton
+import triton.language as tl
+
+from ouro_compiler.kernels.templates.common import silu, softplus  # noqa: F401  (epilogue)
+
+
+@triton.jit
+def nibbles(packed, INLINE_ASM: tl.constexpr):
+    """(low, high) codes, times 16, as int8: four bytes an instruction on a GPU."""
+    if INLINE_ASM:
+        low = tl.inline_asm_elementwise(
+            "{ .reg .b32 t; shl.b32 t, $1, 4; and.b32 $0, t, 0xF0F0F0F0; }",
+            "=r,r",
+            [packed],
+            dtype=tl.int8,
+            is_pure=True,
+            pack=4,
+        )
+        high = tl.inline_asm_elementwise(
+            "and.b32 $0, $1, 0xF0F0F0F0;", "=r,r", [packed], dtype=tl.int8, is_pure=True, pack=4
+        )
+    else:
+        low = ((packed << 4) & 0xF0).to(tl.int8, bitcast=True)
+        high = (packed & 0xF0).to(tl.int8, bitcast=True)
+    return low, high
+
+
+@triton.jit
+def linear_dynamic_outlier_kernel(
+    codes_ptr,  # int8 (B, L, K), contiguous
+    inlier_scale_ptr,  # (L,)
+    outlier_scale_ptr,  # fp32 (B, L)
+    outlier_start_ptr,  # (B, J, K)
+    columns_ptr,  # int32 (tiles, K)
+    counts_ptr,  # int32 (tiles,)
+    x_ptr,  # (B, L, K) where OUTLIER_BITS is 16, else None
+    qweight_ptr,  # int8 (O, K), or packed uint8 (O, ceil(K / 2))
+    weight_scale_ptr,  # (O,), or (1,)
+    bias_ptr,  # (O,), or None
+    residual_ptr,  # (B, L, O), contiguous, or None
+    y_ptr,  # (B, L, O), contiguous
+    rows,  # B * L
+    stride_xb,
+    stride_xl,
+    stride_xk,
+    LENGTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    REVERSE: tl.constexpr,
+    OUTLIER_BITS: tl.constexpr,
+    PACKED: tl.constexpr,
+    PER_SAMPLE: tl.constexpr,
+    SCALE_PER_OUTPUT: tl.constexpr,
+    INLINE_ASM: tl.constexpr,
+    EVEN_K: tl.constexpr,  # no tile of K is ragged
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,  # bytes of weight a step
+    BLOCK_O: tl.constexpr,  # outlier columns a step
+):
+    tiles_n: tl.constexpr = (OUTPUTS + BLOCK_N - 1) // BLOCK_N
+    tile = tl.program_id(0) // tiles_n
+    offs_n = (tl.program_id(0) % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < OUTPUTS
+    offs_m = tl.arange(0, BLOCK_M)
+    if PER_SAMPLE:
+        tiles_m: tl.constexpr = (LENGTH + BLOCK_M - 1) // BLOCK_M
+        token = (tile % tiles_m) * BLOCK_M + offs_m
+        mask_m = token < LENGTH
+        offs_m = (tile // tiles_m) * LENGTH + token
+    else:
+        offs_m = tile * BLOCK_M + offs_m
+        mask_m = offs_m < rows
+    # Rows and outputs past the end are clamped, not masked: unpredicated loads pipeline better.
+    row = tl.minimum(offs_m, rows - 1).to(tl.int64)
+    out = tl.minimum(offs_n, OUTPUTS - 1)
+    sample = row // LENGTH
+    token = (row % LENGTH).to(tl.int32)
+    half: tl.constexpr = (COLUMNS + 1) // 2 if PACKED else COLUMNS  # bytes of one weight row
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    offs_k = tl.arange(0, BLOCK_K)
+    code_ptrs = codes_ptr + row[:, None] * COLUMNS + offs_k[None, :]
+    weight_ptrs = qweight_ptr + out[None, :] * half + offs_k[:, None]
+    for first_k in range(0, half, BLOCK_K):
+        if EVEN_K:
+            weight = tl.load(weight_ptrs)
+            codes = tl.load(code_ptrs)
+        else:
+            left = offs_k < half - first_k
+            weight = tl.load(weight_ptrs, mask=left[:, None], other=0)
+            codes = tl.load(code_ptrs, mask=left[None, :], other=0)
+        if PACKED:
+            low, high = nibbles(weight, INLINE_ASM)
+            acc = tl.dot(codes, low, acc, out_dtype=tl.int32)
+            if EVEN_K:
+                codes = tl.load(code_ptrs + half)
+            else:
+                left = offs_k < COLUMNS - half - first_k
+                codes = tl.load(code_ptrs + half, mask=left[None, :], other=0)
+            acc = tl.dot(codes, high, acc, out_dtype=tl.int32)
+        else:
+            acc = tl.dot(codes, weight, acc, out_dtype=tl.int32)
+        code_ptrs += BLOCK_K
+        weight_ptrs += BLOCK_K
+    if PACKED:
+        acc = acc >> 4  # the nibbles were times 16
+
+    step = LENGTH - 1 - token if REVERSE else token
+    windows: tl.constexpr = (LENGTH + WINDOW - 1) // WINDOW
+    start_row = (sample * windows + step // WINDOW) * COLUMNS
+    position = step % WINDOW
+    found = tl.load(counts_ptr + tile)
+    offs_o = tl.arange(0, BLOCK_O)
+    if OUTLIER_BITS == 16:
+        acc_o = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    else:
+        acc_o = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    for first_o in range(0, found, BLOCK_O):
+        valid = first_o + offs_o < found
+        column = tl.load(
+            columns_ptr + tile.to(tl.int64) * COLUMNS + first_o + offs_o, mask=valid, other=0
+        )
+        start = tl.load(outlier_start_ptr + start_row[:, None] + column[None, :]).to(tl.int32)
+        listed = valid[None, :] & (start <= position[:, None])
+        if PACKED:
+            byte = tl.where(column < half, column, column - half)
+            packed = tl.load(qweight_ptr + out[None, :] * half + byte[:, None])
+            shift = tl.where(column < half, 4, 0).to(tl.uint8)
+            weight = ((packed << shift[:, None]) & 0xF0).to(tl.int8, bitcast=True) >> 4
+        else:
+            weight = tl.load(qweight_ptr + out[None, :] * half + column[:, None])
+        if OUTLIER_BITS == 16:
+            offs = sample * stride_xb + token.to(tl.int64) * stride_xl
+            x = tl.load(x_ptr + offs[:, None] + (column * stride_xk)[None, :])
+            x = tl.where(listed, x, 0.0)
+            acc_o = tl.dot(x, weight.to(x.dtype), acc_o, input_precision="ieee")
+        else:
+            outlier = tl.load(codes_ptr + row[:, None] * COLUMNS + column[None, :])
+            outlier = tl.where(listed, outlier, 0).to(tl.int8)
+            acc_o = tl.dot(outlier, weight, acc_o, out_dtype=tl.int32)
+
+    inlier_scale = tl.load(inlier_scale_ptr + token).to(tl.float32)[:, None]
+    if OUTLIER_BITS == 16:
+        y = acc.to(tl.float32) * inlier_scale + acc_o
+    else:
+        outlier_scale = tl.load(outlier_scale_ptr + row)[:, None]
+        y = (acc - acc_o).to(tl.float32) * inlier_scale + acc_o.to(tl.float32) * outlier_scale
+    if SCALE_PER_OUTPUT:
+        y *= tl.load(weight_scale_ptr + out).to(tl.float32)[None, :]
+    else:
+        y *= tl.load(weight_scale_ptr).to(tl.float32)
+    mask = mask_m[:, None] & mask_n[None, :]
+    offs = row[:, None] * OUTPUTS + out[None, :]
+    # <epilogue>
+    # </epilogue>
+    tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)

@@ -1,0 +1,105 @@
+"""`ouro::selective_scan`: one program walks BLOCK_D channels of one sample through time.
+
+The state is a (BLOCK_N, BLOCK_D) tile. Strides are not specialised: with an unknown channel stride
+a lane gets one channel and all its states, and the sum over states needs no shuffles.
+"""
+
+import triton
+import triton.language as tl
+
+from ouro_compiler.kernels.templates.common import silu, softplus
+
+
+@triton.jit(
+    do_not_specialize=[
+        *("stride_ub", "stride_ud", "stride_ul", "stride_db", "stride_dd", "stride_dl"),
+        *("stride_zb", "stride_zd", "stride_zl", "stride_bb", "stride_bg", "stride_bn"),
+        *("stride_bl", "stride_cb", "stride_cg", "stride_cn", "stride_cl", "stride_yl"),
+    ]
+)
+def selective_scan_kernel(
+    u_ptr,  # (B, D, L)
+    delta_ptr,  # (B, D, L)
+    a_ptr,  # (D, N), contiguous
+    b_ptr,  # (B, G, N, L)
+    c_ptr,  # (B, G, N, L)
+    d_ptr,  # (D,), or None
+    z_ptr,  # (B, D, L), or None
+    delta_bias_ptr,  # (D,), or None
+    y_ptr,  # (B, D, L), memory as (B, L, D)
+    stride_ub,
+    stride_ud,
+    stride_ul,
+    stride_db,
+    stride_dd,
+    stride_dl,
+    stride_zb,
+    stride_zd,
+    stride_zl,
+    stride_bb,
+    stride_bg,
+    stride_bn,
+    stride_bl,
+    stride_cb,
+    stride_cg,
+    stride_cn,
+    stride_cl,
+    stride_yl,
+    LENGTH: tl.constexpr,
+    CHANNELS: tl.constexpr,  # of one group
+    STATES: tl.constexpr,
+    REVERSE: tl.constexpr,
+    HAS_D: tl.constexpr,
+    HAS_Z: tl.constexpr,
+    HAS_DELTA_BIAS: tl.constexpr,
+    DELTA_SOFTPLUS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    group = tl.program_id(1).to(tl.int64)
+    sample = tl.program_id(2).to(tl.int64)
+    in_group = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_d = in_group < CHANNELS
+    offs_d = group * CHANNELS + in_group
+    offs_n = tl.arange(0, BLOCK_N)
+    mask_n = offs_n < STATES
+    offs = offs_d[None, :] * STATES + offs_n[:, None]
+    a = tl.load(a_ptr + offs, mask=mask_n[:, None] & mask_d[None, :], other=0.0).to(tl.float32)
+    a = a * 1.4426950408889634  # exp(x) = exp2(x log2(e))
+    if HAS_D:
+        skip = tl.load(d_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+    if HAS_DELTA_BIAS:
+        bias = tl.load(delta_bias_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+
+    first = (LENGTH - 1) * REVERSE
+    u_ptrs = u_ptr + sample * stride_ub + first * stride_ul + offs_d * stride_ud
+    delta_ptrs = delta_ptr + sample * stride_db + first * stride_dl + offs_d * stride_dd
+    b_ptrs = b_ptr + sample * stride_bb + group * stride_bg + first * stride_bl + offs_n * stride_bn
+    c_ptrs = c_ptr + sample * stride_cb + group * stride_cg + first * stride_cl + offs_n * stride_cn
+    y_ptrs = y_ptr + (sample * LENGTH + first) * stride_yl + offs_d
+    if HAS_Z:
+        z_ptrs = z_ptr + sample * stride_zb + first * stride_zl + offs_d * stride_zd
+    direction = 1 - 2 * REVERSE
+    h = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for _ in range(LENGTH):
+        u = tl.load(u_ptrs, mask=mask_d, other=0.0).to(tl.float32)
+        delta = tl.load(delta_ptrs, mask=mask_d, other=0.0).to(tl.float32)
+        b = tl.load(b_ptrs, mask=mask_n, other=0.0).to(tl.float32)
+        c = tl.load(c_ptrs, mask=mask_n, other=0.0).to(tl.float32)
+        if HAS_DELTA_BIAS:
+            delta += bias
+        if DELTA_SOFTPLUS:
+            delta = softplus(delta)
+        h = tl.exp2(delta[None, :] * a) * h + (delta * u)[None, :] * b[:, None]
+        y = tl.sum(h * c[:, None], axis=0)
+        if HAS_D:
+            y += skip * u
+        if HAS_Z:
+            y *= silu(tl.load(z_ptrs, mask=mask_d, other=0.0).to(tl.float32))
+            z_ptrs += direction * stride_zl
+        tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask_d)
+        u_ptrs += direction * stride_ul
+        delta_ptrs += direction * stride_dl
+        b_ptrs += direction * stride_bl
+        c_ptrs += direction * stride_cl
+        y_ptrs += direction * stride_yl
