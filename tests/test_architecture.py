@@ -25,18 +25,19 @@ ALLOWED = {
     "graph": {"config"},
     "data": {"config", "errors"},
     "models": {"ops"},
+    "kernels": {"errors", "config", "ops"},
     "calibration": SHARED,
     "passes": SHARED | {"calibration"},
     "recipes": SHARED | {"calibration"},
     "sizes": {"graph"},
-    "runtime": LEAVES | {"ops", "archive"},
-    "lowering": SHARED | {"runtime"},
+    "runtime": LEAVES | {"ops", "archive", "kernels"},
+    "lowering": SHARED | {"runtime", "kernels"},
     "frontend": LEAVES | {"ops", "graph", "models", "archive"},
     "evaluation": SHARED | {"data"},
     "inspection": SHARED | {"data", "evaluation"},
     "compiler": SHARED
     | {"data", "models", "calibration", "passes", "recipes", "sizes", "runtime", "lowering"}
-    | {"frontend", "evaluation", "inspection"},
+    | {"frontend", "evaluation", "inspection", "kernels"},
 }
 EVERYTHING = set(ALLOWED)
 ALLOWED["cli"] = EVERYTHING

@@ -88,7 +88,7 @@ def import_source(path: Path) -> types.ModuleType:
     return module
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def load_kernel(spec: KernelSpec) -> Any:
     """The `triton.jit` function of a spec: generated, cached, verified, imported."""
     return getattr(import_source(write_source(generate(spec))), kernel_name(spec))

@@ -21,7 +21,10 @@ _EPILOGUE = {
     Epilogue.BIAS: "y += tl.load(bias_ptr + out).to(tl.float32)[None, :]",
     Epilogue.SILU: "y = silu(y)",
     Epilogue.SOFTPLUS: "y = softplus(y)",
-    Epilogue.RESIDUAL: "y += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)",
+    Epilogue.RESIDUAL: (
+        "y += tl.load(residual_ptr + first_row * OUTPUTS + offs, mask=mask, other=0.0)"
+        ".to(tl.float32)"
+    ),
 }
 
 
@@ -76,9 +79,7 @@ def _bind_constants(source: str, spec: KernelSpec) -> str:
         )
     lines = source.splitlines()
     for argument in wanted:
-        assert argument.annotation is not None and argument.end_lineno is not None
-        line, end = argument.end_lineno - 1, argument.end_col_offset
-        assert end is not None
+        line, end = (argument.end_lineno or 0) - 1, argument.end_col_offset or 0
         lines[line] = f"{lines[line][:end]} = {values[argument.arg]}{lines[line][end:]}"
     return "\n".join(lines)
 

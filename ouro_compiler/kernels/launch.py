@@ -113,7 +113,7 @@ def linear_blocks(rows_of_weight: int, bytes_a_row: int) -> dict[str, int]:
     two accumulators spill.
     """
     block_n = max(16, min(128, next_power_of_2(rows_of_weight)))
-    for block_k in (128, 64, 32):
+    for block_k in (64, 32):
         if bytes_a_row % block_k == 0:
             return {"BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_K": block_k}
     return {

@@ -8,6 +8,7 @@ from torch import Tensor
 from ouro_compiler.kernels.launch import contiguous, interpreting, launch, linear_blocks
 from ouro_compiler.kernels.quantize import FLOATS
 from ouro_compiler.kernels.spec import Epilogue, Template, make_spec
+from ouro_compiler.ops.linear import check
 from ouro_compiler.ops.quantize import KEEP_FLOAT_BITS, window_length
 
 _ACTIVATIONS = {"none": (), "silu": (Epilogue.SILU,), "softplus": (Epilogue.SOFTPLUS,)}
@@ -40,56 +41,61 @@ def linear_dynamic_outlier(
     reverse: bool,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """`linear_dynamic_outlier_ref` by kernel. x may have any strides; the rest is made contiguous."""
+    """`linear_dynamic_outlier_ref` by kernel. x may have any strides, the rest is contiguous."""
     del inlier_bits  # codes are codes
+    check(codes, inlier_scale, x, qweight, weight_scale, bias, residual, activation, outlier_bits)
     batch, length, columns = codes.shape
-    outputs = qweight.shape[0]
+    outputs, stored = qweight.shape
     codes, qweight = contiguous(codes, "codes"), contiguous(qweight, "qweight")
+    outlier_start = contiguous(outlier_start, "outlier_start")
     residual = None if residual is None else contiguous(residual, "residual")
     y = codes.new_empty((batch, length, outputs), dtype=dtype or torch.float32)
-    keep_float = outlier_bits == KEEP_FLOAT_BITS
-    blocks = linear_blocks(outputs, qweight.shape[1])
-    rows = batch * length
-    # In floating point the order of a sum must not depend on the other samples: tiles of one sample.
-    tiles = batch * -(-length // blocks["BLOCK_M"]) if keep_float else -(-rows // blocks["BLOCK_M"])
-    lists = codes.new_empty((tiles, columns), dtype=torch.int32)
-    counts = codes.new_empty(tiles, dtype=torch.int32)
+    blocks = linear_blocks(outputs, stored)
+    # Floating-point sums must not depend on the other samples: no tile holds rows of two.
+    per_sample = outlier_bits == KEEP_FLOAT_BITS
+    tiles = _cdiv(length, blocks["BLOCK_M"]) * batch
+    if not per_sample:
+        tiles = _cdiv(batch * length, blocks["BLOCK_M"])
     common = {
         "LENGTH": length,
         "COLUMNS": columns,
         "WINDOW": window_length(refresh_period, length),
         "REVERSE": reverse,
-        "PER_SAMPLE": keep_float,
+        "PER_SAMPLE": per_sample,
         "BLOCK_M": blocks["BLOCK_M"],
     }
-    list_spec = make_spec(Template.OUTLIER_COLUMNS, BLOCK_R=16, BLOCK_K=256, **common)
-    launch(list_spec, (tiles, 1, 1), contiguous(outlier_start, "start"), lists, counts, rows)
+    rows = batch * length
+    lists = codes.new_empty((tiles, columns), dtype=torch.int32)
+    counts = codes.new_empty(tiles, dtype=torch.int32)
+    list_spec = make_spec(Template.OUTLIER_COLUMNS, {**common, "BLOCK_R": 16, "BLOCK_K": 256})
+    launch(list_spec, (tiles, 1, 1), outlier_start, lists, counts, rows)
     packed = qweight.dtype == torch.uint8
-    even = columns % (2 if packed else 1) == 0 and qweight.shape[1] % blocks["BLOCK_K"] == 0
-    epilogue = (
-        *((Epilogue.BIAS,) if bias is not None else ()),
-        *_ACTIVATIONS[activation],
-        *((Epilogue.RESIDUAL,) if residual is not None else ()),
-    )
     spec = make_spec(
         Template.LINEAR,
-        epilogue=epilogue,
-        num_warps=8 if blocks["BLOCK_N"] == 128 else 4,
-        OUTPUTS=outputs,
-        OUTLIER_BITS=outlier_bits,
-        PACKED=packed,
-        SCALE_PER_OUTPUT=weight_scale.numel() > 1,
-        INLINE_ASM=not interpreting(),
-        EVEN_K=even,
-        BLOCK_N=blocks["BLOCK_N"],
-        BLOCK_K=blocks["BLOCK_K"],
-        BLOCK_O=_COLUMNS_A_STEP,
-        **common,
+        {
+            **common,
+            **blocks,
+            "OUTPUTS": outputs,
+            "OUTLIER_BITS": outlier_bits,
+            "PACKED": packed,
+            "SCALE_PER_OUTPUT": weight_scale.numel() > 1,
+            "INLINE_ASM": not interpreting(),
+            "EVEN_K": stored * (2 if packed else 1) == columns and stored % blocks["BLOCK_K"] == 0,
+            "BLOCK_O": _COLUMNS_A_STEP,
+        },
+        epilogue=(
+            *((Epilogue.BIAS,) if bias is not None else ()),
+            *_ACTIVATIONS[activation],
+            *((Epilogue.RESIDUAL,) if residual is not None else ()),
+        ),
+        num_warps=8 if blocks["BLOCK_N"] >= 64 else 4,
     )
-    grid = (tiles * -(-outputs // blocks["BLOCK_N"]), 1, 1)
-    strides = (0, 0, 0) if x is None else x.stride()
+    grid = (tiles * _cdiv(outputs, blocks["BLOCK_N"]), 1, 1)
     activations = (codes, inlier_scale, outlier_scale, outlier_start, lists, counts, x)
-    launch(
-        spec, grid, *activations, qweight, weight_scale, bias, residual, y, rows, *strides
-    )
+    strides = (0, 0, 0) if x is None else x.stride()
+    launch(spec, grid, *activations, qweight, weight_scale, bias, residual, y, rows, *strides)
     return y
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)

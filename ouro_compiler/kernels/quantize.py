@@ -9,9 +9,12 @@ from torch import Tensor
 
 from ouro_compiler.kernels.launch import contiguous, launch, next_power_of_2, quantizer_warps
 from ouro_compiler.kernels.spec import KernelSpec, Template, make_spec
-from ouro_compiler.ops.fused import empty_quantized
+from ouro_compiler.ops.causal_conv1d import check as check_conv
+from ouro_compiler.ops.fused import check_gate_sum, empty_quantized
 from ouro_compiler.ops.library import empty_token_major
+from ouro_compiler.ops.norm import check as check_norm
 from ouro_compiler.ops.norm import residual_dtype
+from ouro_compiler.ops.quantize import check as check_quantize
 from ouro_compiler.ops.quantize import window_length
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -38,19 +41,25 @@ def _spec(
     inlier_bits, outlier_bits, refresh_period, reverse = static
     return make_spec(
         template,
+        {
+            "LENGTH": length,
+            "COLUMNS": columns,
+            "WINDOW": window_length(refresh_period, length),
+            "INLIER_BITS": inlier_bits,
+            "OUTLIER_BITS": outlier_bits,
+            "REVERSE": reverse,
+            "NEVER": torch.iinfo(start.dtype).max,
+            "BLOCK_K": next_power_of_2(columns),
+            **constants,
+        },
         num_warps=quantizer_warps(columns),
         num_stages=1,
         fp_fusion=False,  # codes are the reference's bit for bit
-        LENGTH=length,
-        COLUMNS=columns,
-        WINDOW=window_length(refresh_period, length),
-        INLIER_BITS=inlier_bits,
-        OUTLIER_BITS=outlier_bits,
-        REVERSE=reverse,
-        NEVER=torch.iinfo(start.dtype).max,
-        BLOCK_K=next_power_of_2(columns),
-        **constants,
     )
+
+
+def _check_vectors(name: str, x: Tensor, inlier_scale: Tensor, threshold: Tensor) -> None:
+    check_quantize(name, x, (inlier_scale, threshold), 8, 8, 1)
 
 
 def _grid(start: Tensor) -> tuple[int, int, int]:
@@ -65,6 +74,9 @@ def quantize_dynamic_outlier(
     *static: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`quantize_dynamic_outlier_ref` by kernel; x (B, L, K) may have any strides."""
+    check_quantize(
+        "quantize_dynamic_outlier", x, (inlier_scale, zero_point, threshold), *static[:3]
+    )
     _, length, columns = x.shape
     codes, scale, start = empty_quantized(x, tuple(x.shape), static[2])  # type: ignore[arg-type]
     spec = _spec(
@@ -92,6 +104,8 @@ def add_norm_quantize(
     emit: bool,
 ) -> tuple[Tensor, ...]:
     """`add_norm_quantize_ref` by kernel."""
+    check_norm(x, residual, weight, bias)
+    _check_vectors("add_norm_quantize", x, inlier_scale, threshold)
     _, length, columns = x.shape
     x = contiguous(x, "x")
     residual = None if residual is None else contiguous(residual, "residual")
@@ -125,6 +139,8 @@ def causal_conv1d_quantize(
     *static: Any,
 ) -> tuple[Tensor, ...]:
     """`causal_conv1d_quantize_ref` by kernel; x (B, K, L) may have any strides."""
+    check_conv(x, weight, bias)
+    _check_vectors("causal_conv1d_quantize", x.transpose(1, 2), inlier_scale, threshold)
     batch, columns, length = x.shape
     codes, scale, start = empty_quantized(x, (batch, length, columns), static[2])
     value = empty_token_major(x)
@@ -133,7 +149,7 @@ def causal_conv1d_quantize(
         start,
         length,
         columns,
-        static,  # type: ignore[arg-type]
+        static,
         TAPS=weight.shape[1],
         HAS_BIAS=bias is not None,
         SILU=silu,
@@ -157,6 +173,8 @@ def gate_sum_quantize(
     emit: bool,
 ) -> tuple[Tensor, ...]:
     """`gate_sum_quantize_ref` by kernel; y, other and z (B, K, L) may have any strides."""
+    check_gate_sum(y, other, z)
+    _check_vectors("gate_sum_quantize", y.transpose(1, 2), inlier_scale, threshold)
     batch, columns, length = y.shape
     codes, scale, start = empty_quantized(y, (batch, length, columns), refresh_period)
     value = y.new_empty((batch, length, columns) if emit else 0)

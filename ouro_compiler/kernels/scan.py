@@ -7,7 +7,9 @@ from torch import Tensor
 from ouro_compiler.kernels.launch import contiguous, launch, next_power_of_2, scan_channels
 from ouro_compiler.kernels.quantize import FLOATS
 from ouro_compiler.kernels.spec import Template, make_spec
+from ouro_compiler.ops.causal_conv1d import check as check_conv
 from ouro_compiler.ops.library import empty_token_major
+from ouro_compiler.ops.selective_scan import check as check_scan
 
 _MAX_STATES = 64  # a channel's states live in one lane's registers
 
@@ -34,7 +36,8 @@ def selective_scan(
     delta_softplus: bool = False,
     reverse: bool = False,
 ) -> Tensor:
-    """`selective_scan_ref` by kernel; every operand but A may have any strides."""
+    """`selective_scan_ref` by kernel; every matrix may have any strides."""
+    check_scan(u, delta, A, B, C, D, z, delta_bias)
     batch, channels, length = u.shape
     B, C = (matrix[:, None] if matrix.dim() == 3 else matrix for matrix in (B, C))
     groups = B.shape[1]
@@ -43,18 +46,20 @@ def selective_scan(
     block_d = scan_channels(in_group)
     spec = make_spec(
         Template.SCAN,
+        {
+            "LENGTH": length,
+            "CHANNELS": in_group,
+            "STATES": A.shape[1],
+            "REVERSE": reverse,
+            "HAS_D": D is not None,
+            "HAS_Z": z is not None,
+            "HAS_DELTA_BIAS": delta_bias is not None,
+            "DELTA_SOFTPLUS": delta_softplus,
+            "BLOCK_N": next_power_of_2(A.shape[1]),
+            "BLOCK_D": block_d,
+        },
         num_warps=1,
         num_stages=1,
-        LENGTH=length,
-        CHANNELS=in_group,
-        STATES=A.shape[1],
-        REVERSE=reverse,
-        HAS_D=D is not None,
-        HAS_Z=z is not None,
-        HAS_DELTA_BIAS=delta_bias is not None,
-        DELTA_SOFTPLUS=delta_softplus,
-        BLOCK_N=next_power_of_2(A.shape[1]),
-        BLOCK_D=block_d,
     )
     vectors = (
         None if D is None else contiguous(D, "D"),
@@ -62,6 +67,7 @@ def selective_scan(
         None if delta_bias is None else contiguous(delta_bias, "delta_bias"),
     )
     strides = (
+        *A.stride(),
         *u.stride(),
         *delta.stride(),
         *((0, 0, 0) if z is None else z.stride()),
@@ -70,7 +76,7 @@ def selective_scan(
         channels,
     )
     grid = (-(-in_group // block_d), groups, batch)
-    launch(spec, grid, u, delta, contiguous(A, "A"), B, C, *vectors, y, *strides)
+    launch(spec, grid, u, delta, A, B, C, *vectors, y, *strides)
     return y
 
 
@@ -78,22 +84,25 @@ def causal_conv1d(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, silu: bool = False, reverse: bool = False
 ) -> Tensor:
     """`causal_conv1d_ref` by kernel; x (B, D, L) may have any strides."""
+    check_conv(x, weight, bias)
     batch, channels, length = x.shape
     y = empty_token_major(x)
     block_d = min(128, next_power_of_2(channels))
     block_l = 16
     spec = make_spec(
         Template.CONV,
+        {
+            "LENGTH": length,
+            "CHANNELS": channels,
+            "TAPS": weight.shape[1],
+            "REVERSE": reverse,
+            "HAS_BIAS": bias is not None,
+            "SILU": silu,
+            "BLOCK_L": block_l,
+            "BLOCK_D": block_d,
+        },
         num_warps=4,
         num_stages=1,
-        LENGTH=length,
-        CHANNELS=channels,
-        TAPS=weight.shape[1],
-        REVERSE=reverse,
-        HAS_BIAS=bias is not None,
-        SILU=silu,
-        BLOCK_L=block_l,
-        BLOCK_D=block_d,
     )
     grid = (-(-length // block_l), -(-channels // block_d), batch)
     launch(spec, grid, x, contiguous(weight, "weight"), bias, y, *x.stride())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
@@ -83,12 +84,12 @@ class KernelSpec:
 
 def make_spec(
     template: Template,
+    constants: Mapping[str, int],
     *,
     epilogue: tuple[Epilogue, ...] = (),
     num_warps: int = 4,
     num_stages: int = 3,
     fp_fusion: bool = True,
-    **constants: int,
 ) -> KernelSpec:
     """A KernelSpec from constants by name; booleans become 0 and 1."""
     return KernelSpec(

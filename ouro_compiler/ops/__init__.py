@@ -2,6 +2,7 @@
 
 from ouro_compiler.ops import (  # noqa: F401  (imported for registration)
     causal_conv1d,
+    fused,
     linear,
     norm,
     packing,

@@ -28,8 +28,7 @@ def causal_conv1d_ref(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, silu: bool = False, reverse: bool = False
 ) -> Tensor:
     """The definition. Shapes as in the module docstring."""
-    if x.dim() != 3 or weight.dim() != 2 or weight.shape[0] != x.shape[1]:
-        reject(NAME, f"needs x (B, D, L) and weight (D, W), got {x.shape} and {weight.shape}")
+    check(x, weight, bias)
     width = weight.shape[1]
     # A reversed causal convolution looks ahead: pad on the right and mirror the taps.
     padding = (0, width - 1) if reverse else (width - 1, 0)
@@ -37,6 +36,14 @@ def causal_conv1d_ref(
     shift = None if bias is None else bias.to(x.dtype)
     y = F.conv1d(F.pad(x, padding), taps[:, None].to(x.dtype), shift, groups=x.shape[1])
     return as_token_major(activations.silu(y) if silu else y)
+
+
+def check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raise ValueError for operands that do not fit each other."""
+    if x.dim() != 3 or weight.dim() != 2 or weight.shape[0] != x.shape[1]:
+        reject(NAME, f"needs x (B, D, L) and weight (D, W), got {x.shape} and {weight.shape}")
+    if bias is not None and bias.shape != x.shape[1:2]:
+        reject(NAME, f"bias must have shape (D,), got {tuple(bias.shape)}")
 
 
 def _fake(x: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:

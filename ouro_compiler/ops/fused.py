@@ -81,8 +81,7 @@ def gate_sum_quantize_ref(
 
     y, other and z are (B, K, L). Each direction is gated before the sum, as the scans do it.
     """
-    if (other is not None and other.shape != y.shape) or (z is not None and z.shape != y.shape):
-        reject("gate_sum_quantize", f"y, other and z must share one shape, y has {tuple(y.shape)}")
+    check_gate_sum(y, other, z)
     gate = None if z is None else silu_ref(z.float())
     value = y.float() if gate is None else y.float() * gate
     if other is not None:
@@ -91,6 +90,13 @@ def gate_sum_quantize_ref(
     static = (inlier_bits, outlier_bits, refresh_period, reverse)
     codes = quantize_dynamic_outlier_ref(value, inlier_scale, None, threshold, *static)
     return (*codes, value if emit else value.new_empty(0))
+
+
+def check_gate_sum(y: Tensor, other: Tensor | None, z: Tensor | None) -> None:
+    """Raise ValueError for operands that do not fit each other."""
+    shapes = {tuple(tensor.shape) for tensor in (y, other, z) if tensor is not None}
+    if len(shapes) > 1 or y.dim() != 3:
+        reject("gate_sum_quantize", f"y, other and z must share one (B, K, L), got {shapes}")
 
 
 def empty_quantized(

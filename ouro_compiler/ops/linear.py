@@ -57,6 +57,39 @@ def dequantize_weight_ref(
     return dequantize_codes(codes, weight_scale.float()[:, None], zero, bits).contiguous()
 
 
+def check(
+    codes: Tensor,
+    inlier_scale: Tensor,
+    x: Tensor | None,
+    qweight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    outlier_bits: int,
+) -> None:
+    """Raise ValueError for operands that do not fit each other."""
+    if activation not in ACTIVATIONS:
+        reject(NAME, f"activation {activation!r} is none of {', '.join(ACTIVATIONS)}")
+    if codes.dim() != 3:
+        reject(NAME, f"codes must be (B, L, K), got {tuple(codes.shape)}")
+    batch, length, columns = codes.shape
+    outputs, stored = qweight.shape
+    expected = (columns + 1) // 2 if qweight.dtype == torch.uint8 else columns
+    if stored != expected:
+        reject(NAME, f"qweight has {stored} columns, expected {expected} for {columns} features")
+    if inlier_scale.shape != codes.shape[1:2]:
+        reject(NAME, f"inlier_scale must be ({length},), got {tuple(inlier_scale.shape)}")
+    if weight_scale.shape not in ((outputs,), (1,)):
+        reject(NAME, f"weight_scale must be ({outputs},), got {tuple(weight_scale.shape)}")
+    if bias is not None and bias.shape != (outputs,):
+        reject(NAME, f"bias must be ({outputs},), got {tuple(bias.shape)}")
+    if residual is not None and residual.shape != (batch, length, outputs):
+        reject(NAME, f"residual must have the result's shape, got {tuple(residual.shape)}")
+    if outlier_bits == KEEP_FLOAT_BITS and (x is None or x.shape != codes.shape):
+        reject(NAME, "outlier_bits 16 reads x (B, L, K): pass it")
+
+
 def linear_dynamic_outlier_ref(
     codes: Tensor,
     inlier_scale: Tensor,
@@ -75,12 +108,9 @@ def linear_dynamic_outlier_ref(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """y (B, L, O) in `dtype` (fp32); the module docstring has the arithmetic."""
+    check(codes, inlier_scale, x, qweight, weight_scale, bias, residual, activation, outlier_bits)
     batch, length, columns = codes.shape
-    if activation not in ACTIVATIONS:
-        reject(NAME, f"activation {activation!r} is none of {', '.join(ACTIVATIONS)}")
     weight = unpacked_weight(qweight, columns)
-    if inlier_scale.shape != codes.shape[1:2]:
-        reject(NAME, f"inlier_scale must be ({length},), got {tuple(inlier_scale.shape)}")
     rows = codes.reshape(-1, columns)
     acc = int_matmul(rows, weight.t())
     per_row = inlier_scale.float().expand(batch, -1).reshape(-1, 1)
@@ -88,8 +118,7 @@ def linear_dynamic_outlier_ref(
     listed = listed_mask(outlier_start, length, refresh_period, reverse).reshape(-1, columns)
     union = listed.any(0).nonzero().squeeze(1)
     if outlier_bits == KEEP_FLOAT_BITS:
-        if x is None:
-            raise ValueError(f"ouro::{NAME}: outlier_bits 16 reads x: pass it")
+        assert x is not None  # checked
         kept = torch.where(listed, x.reshape(-1, columns).float(), 0.0)[:, union]
         y = acc.float() * per_row * per_column
         # In fp64: the order of a sum over the batch's union must not show in a sample's result.

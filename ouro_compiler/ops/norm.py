@@ -27,12 +27,7 @@ def add_norm_ref(
     residual_fp32: bool,
 ) -> tuple[Tensor, Tensor]:
     """The definition. x and residual (..., K); weight and bias (K,)."""
-    if weight.shape != x.shape[-1:]:
-        reject(NAME, f"weight must have shape ({x.shape[-1]},), got {tuple(weight.shape)}")
-    if bias is not None and bias.shape != weight.shape:
-        reject(NAME, f"bias must have shape ({x.shape[-1]},), got {tuple(bias.shape)}")
-    if residual is not None and residual.shape != x.shape:
-        reject(NAME, f"residual must have x's shape {tuple(x.shape)}, got {tuple(residual.shape)}")
+    check(x, residual, weight, bias)
     total = x.float() if residual is None else x.float() + residual.float()
     if rms:
         y = total * torch.rsqrt(total.square().mean(-1, keepdim=True) + eps) * weight.float()
@@ -43,6 +38,16 @@ def add_norm_ref(
     # An op may not return its input: `.float()` is one when x is fp32 and there is no residual.
     kept = total.to(residual_dtype(x, residual, residual_fp32), copy=residual is None)
     return y.to(x.dtype).contiguous(), kept.contiguous()
+
+
+def check(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None) -> None:
+    """Raise ValueError for operands that do not fit each other."""
+    if weight.shape != x.shape[-1:]:
+        reject(NAME, f"weight must have shape ({x.shape[-1]},), got {tuple(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape:
+        reject(NAME, f"bias must have shape ({x.shape[-1]},), got {tuple(bias.shape)}")
+    if residual is not None and residual.shape != x.shape:
+        reject(NAME, f"residual must have x's shape {tuple(x.shape)}, got {tuple(residual.shape)}")
 
 
 def residual_dtype(x: Tensor, residual: Tensor | None, residual_fp32: bool) -> torch.dtype:

@@ -152,7 +152,7 @@ def _encode(
     return torch.where(listed, outliers, inliers).to(torch.int8), outlier_scale
 
 
-def _check(
+def check(
     name: str,
     x: Tensor,
     per_token: tuple[Tensor | None, ...],
@@ -160,6 +160,7 @@ def _check(
     outlier_bits: int,
     refresh_period: int,
 ) -> None:
+    """Raise ValueError for operands of `ouro::<name>` that do not fit each other."""
     if not 2 <= inlier_bits <= 8 or not (2 <= outlier_bits <= 8 or outlier_bits == KEEP_FLOAT_BITS):
         reject(name, f"{inlier_bits} inlier and {outlier_bits} outlier bits do not fit int8 codes")
     if x.dim() != 3:
@@ -183,7 +184,7 @@ def quantize_dynamic_outlier_ref(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(codes, outlier_scale, outlier_start); see the module docstring."""
     per_token = (inlier_scale, zero_point, threshold)
-    _check("quantize_dynamic_outlier", x, per_token, inlier_bits, outlier_bits, refresh_period)
+    check("quantize_dynamic_outlier", x, per_token, inlier_bits, outlier_bits, refresh_period)
     x = x.float()
     zero = None if zero_point is None else zero_point.float()
     middle, limit = inlier_interval(inlier_scale.float(), zero, inlier_bits)
@@ -206,7 +207,7 @@ def quantize_static_outlier_ref(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As the dynamic form, with a fixed list: channels is int64 (n,) (METHODS 3.4 row 19)."""
     per_token = (inlier_scale, zero_point)
-    _check("quantize_static_outlier", x, per_token, inlier_bits, outlier_bits, refresh_period)
+    check("quantize_static_outlier", x, per_token, inlier_bits, outlier_bits, refresh_period)
     x = x.float()
     start = _fake_start(x, refresh_period)
     start.fill_(torch.iinfo(start.dtype).max)

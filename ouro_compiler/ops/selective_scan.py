@@ -47,7 +47,7 @@ def selective_scan_ref(
     reverse: bool = False,
 ) -> Tensor:
     """The definition: one step of time after another. Shapes as in the module docstring."""
-    _check(u, delta, A, B, C, D, z, delta_bias)
+    check(u, delta, A, B, C, D, z, delta_bias)
     batch, channels, length = u.shape
     step = delta.float()
     if delta_bias is not None:
@@ -75,7 +75,7 @@ def _per_channel(matrix: Tensor, channels: int) -> Tensor:
     return grouped.float().repeat_interleave(channels // grouped.shape[1], dim=1)
 
 
-def _check(
+def check(
     u: Tensor,
     delta: Tensor,
     A: Tensor,
@@ -85,6 +85,7 @@ def _check(
     z: Tensor | None,
     delta_bias: Tensor | None,
 ) -> None:
+    """Raise ValueError for operands that do not fit each other."""
     if u.dim() != 3 or delta.shape != u.shape or (z is not None and z.shape != u.shape):
         reject(NAME, f"u, delta and z must share one shape (B, D, L), got u {tuple(u.shape)}")
     if A.dim() != 2 or A.shape[0] != u.shape[1] or A.is_complex():
@@ -110,7 +111,7 @@ _ARGUMENTS = (
 )
 
 
-def _implementation(
+def selective_scan_implementation(
     u: Tensor,
     delta: Tensor,
     A: Tensor,
@@ -122,7 +123,8 @@ def _implementation(
     delta_softplus: bool = False,
     reverse: bool = False,
 ) -> Tensor:
-    _check(u, delta, A, B, C, D, z, delta_bias)
+    """The chunked form, on every device without a kernel. Shapes as in the module docstring."""
+    check(u, delta, A, B, C, D, z, delta_bias)
     return selective_scan_chunked(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
 
 
@@ -170,7 +172,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 define_op(
     f"{NAME}({_ARGUMENTS.format('=None', '=None', '=None', '=False', '=False')}) -> Tensor",
-    implementation=_implementation,
+    implementation=selective_scan_implementation,
     fake=_fake,
 )
 define_op(

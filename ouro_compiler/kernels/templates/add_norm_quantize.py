@@ -1,4 +1,4 @@
-"""`ouro::add_norm_quantize`: residual addition, norm and quantizer; one program a (window, sample)."""
+"""`ouro::add_norm_quantize`: residual addition, norm and quantizer, a window a program."""
 
 import triton
 import triton.language as tl

@@ -1,4 +1,4 @@
-"""`ouro::causal_conv1d_quantize`: convolution, SiLU and quantizer; one program a (window, sample)."""
+"""`ouro::causal_conv1d_quantize`: convolution, SiLU and quantizer, a window a program."""
 
 import triton
 import triton.language as tl

@@ -1,4 +1,4 @@
-"""`ouro::gate_sum_quantize`: gate, sum of directions and quantizer; one program a (window, sample)."""
+"""`ouro::gate_sum_quantize`: gate, sum of directions and quantizer, a window a program."""
 
 import triton
 import triton.language as tl

@@ -32,7 +32,7 @@ def nibbles(packed, INLINE_ASM: tl.constexpr):
     return low, high
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def linear_dynamic_outlier_kernel(
     codes_ptr,  # int8 (B, L, K), contiguous
     inlier_scale_ptr,  # (L,)
@@ -70,26 +70,30 @@ def linear_dynamic_outlier_kernel(
     tile = tl.program_id(0) // tiles_n
     offs_n = (tl.program_id(0) % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < OUTPUTS
+    # Addresses: a 64-bit base of the tile, 32-bit offsets inside it (wide offsets cost registers).
+    # Rows and outputs past the end are clamped, not masked: unpredicated loads pipeline better.
     offs_m = tl.arange(0, BLOCK_M)
     if PER_SAMPLE:
         tiles_m: tl.constexpr = (LENGTH + BLOCK_M - 1) // BLOCK_M
-        token = (tile % tiles_m) * BLOCK_M + offs_m
-        mask_m = token < LENGTH
-        offs_m = (tile // tiles_m) * LENGTH + token
+        first_token = (tile % tiles_m) * BLOCK_M
+        first_row = (tile // tiles_m).to(tl.int64) * LENGTH + first_token
+        left_m = LENGTH - first_token
     else:
-        offs_m = tile * BLOCK_M + offs_m
-        mask_m = offs_m < rows
-    # Rows and outputs past the end are clamped, not masked: unpredicated loads pipeline better.
-    row = tl.minimum(offs_m, rows - 1).to(tl.int64)
+        first_row = tile.to(tl.int64) * BLOCK_M
+        first_token = (first_row % LENGTH).to(tl.int32)
+        left_m = (rows - first_row).to(tl.int32)
+    first_sample = first_row // LENGTH
+    row = tl.minimum(offs_m, left_m - 1)
     out = tl.minimum(offs_n, OUTPUTS - 1)
-    sample = row // LENGTH
-    token = (row % LENGTH).to(tl.int32)
+    sample = (first_token + row) // LENGTH
+    token = (first_token + row) % LENGTH
     half: tl.constexpr = (COLUMNS + 1) // 2 if PACKED else COLUMNS  # bytes of one weight row
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     offs_k = tl.arange(0, BLOCK_K)
-    code_ptrs = codes_ptr + row[:, None] * COLUMNS + offs_k[None, :]
-    weight_ptrs = qweight_ptr + out[None, :] * half + offs_k[:, None]
+    codes_ptr += first_row * COLUMNS
+    code_ptrs = codes_ptr + (row[:, None] * COLUMNS + offs_k[None, :])
+    weight_ptrs = qweight_ptr + (out[None, :] * half + offs_k[:, None])
     for first_k in range(0, half, BLOCK_K):
         if EVEN_K:
             weight = tl.load(weight_ptrs)
@@ -116,8 +120,10 @@ def linear_dynamic_outlier_kernel(
 
     step = LENGTH - 1 - token if REVERSE else token
     windows: tl.constexpr = (LENGTH + WINDOW - 1) // WINDOW
+    outlier_start_ptr += first_sample * windows * COLUMNS
     start_row = (sample * windows + step // WINDOW) * COLUMNS
     position = step % WINDOW
+    columns_ptr += tile.to(tl.int64) * COLUMNS
     found = tl.load(counts_ptr + tile)
     offs_o = tl.arange(0, BLOCK_O)
     if OUTLIER_BITS == 16:
@@ -126,25 +132,23 @@ def linear_dynamic_outlier_kernel(
         acc_o = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     for first_o in range(0, found, BLOCK_O):
         valid = first_o + offs_o < found
-        column = tl.load(
-            columns_ptr + tile.to(tl.int64) * COLUMNS + first_o + offs_o, mask=valid, other=0
-        )
-        start = tl.load(outlier_start_ptr + start_row[:, None] + column[None, :]).to(tl.int32)
+        column = tl.load(columns_ptr + first_o + offs_o, mask=valid, other=0)
+        start = tl.load(outlier_start_ptr + (start_row[:, None] + column[None, :])).to(tl.int32)
         listed = valid[None, :] & (start <= position[:, None])
         if PACKED:
             byte = tl.where(column < half, column, column - half)
-            packed = tl.load(qweight_ptr + out[None, :] * half + byte[:, None])
+            packed = tl.load(qweight_ptr + (out[None, :] * half + byte[:, None]))
             shift = tl.where(column < half, 4, 0).to(tl.uint8)
             weight = ((packed << shift[:, None]) & 0xF0).to(tl.int8, bitcast=True) >> 4
         else:
-            weight = tl.load(qweight_ptr + out[None, :] * half + column[:, None])
+            weight = tl.load(qweight_ptr + (out[None, :] * half + column[:, None]))
         if OUTLIER_BITS == 16:
-            offs = sample * stride_xb + token.to(tl.int64) * stride_xl
-            x = tl.load(x_ptr + offs[:, None] + (column * stride_xk)[None, :])
+            rows_x = x_ptr + first_sample * stride_xb + token.to(tl.int64) * stride_xl
+            x = tl.load(rows_x[:, None] + (column * stride_xk)[None, :])
             x = tl.where(listed, x, 0.0)
             acc_o = tl.dot(x, weight.to(x.dtype), acc_o, input_precision="ieee")
         else:
-            outlier = tl.load(codes_ptr + row[:, None] * COLUMNS + column[None, :])
+            outlier = tl.load(codes_ptr + (row[:, None] * COLUMNS + column[None, :]))
             outlier = tl.where(listed, outlier, 0).to(tl.int8)
             acc_o = tl.dot(outlier, weight, acc_o, out_dtype=tl.int32)
 
@@ -152,14 +156,14 @@ def linear_dynamic_outlier_kernel(
     if OUTLIER_BITS == 16:
         y = acc.to(tl.float32) * inlier_scale + acc_o
     else:
-        outlier_scale = tl.load(outlier_scale_ptr + row)[:, None]
+        outlier_scale = tl.load(outlier_scale_ptr + first_row + row)[:, None]
         y = (acc - acc_o).to(tl.float32) * inlier_scale + acc_o.to(tl.float32) * outlier_scale
     if SCALE_PER_OUTPUT:
         y *= tl.load(weight_scale_ptr + out).to(tl.float32)[None, :]
     else:
         y *= tl.load(weight_scale_ptr).to(tl.float32)
-    mask = mask_m[:, None] & mask_n[None, :]
+    mask = (offs_m < left_m)[:, None] & mask_n[None, :]
     offs = row[:, None] * OUTPUTS + out[None, :]
     # <epilogue>
     # </epilogue>
-    tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + first_row * OUTPUTS + offs, y.to(y_ptr.dtype.element_ty), mask=mask)

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def list_outlier_columns_kernel(
     outlier_start_ptr,  # (B, J, K)
     columns_ptr,  # int32 (tiles, K): the first counts[tile] entries are written, ascending

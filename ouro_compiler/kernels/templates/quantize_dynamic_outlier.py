@@ -1,4 +1,4 @@
-"""`ouro::quantize_dynamic_outlier`: one program a (window, sample)."""
+"""`ouro::quantize_dynamic_outlier`: a (window, sample) a program."""
 
 import triton
 import triton.language as tl

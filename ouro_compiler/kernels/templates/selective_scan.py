@@ -10,23 +10,36 @@ import triton.language as tl
 from ouro_compiler.kernels.templates.common import silu, softplus
 
 
+@triton.jit
+def load(pointers, mask, WHOLE: tl.constexpr):
+    """fp32 values; a block that is whole needs no mask."""
+    if WHOLE:
+        values = tl.load(pointers)
+    else:
+        values = tl.load(pointers, mask=mask, other=0.0)
+    return values.to(tl.float32)
+
+
 @triton.jit(
     do_not_specialize=[
         *("stride_ub", "stride_ud", "stride_ul", "stride_db", "stride_dd", "stride_dl"),
-        *("stride_zb", "stride_zd", "stride_zl", "stride_bb", "stride_bg", "stride_bn"),
-        *("stride_bl", "stride_cb", "stride_cg", "stride_cn", "stride_cl", "stride_yl"),
+        *("stride_zb", "stride_zd", "stride_zl", "stride_bb", "stride_bg"),
+        *("stride_bl", "stride_cb", "stride_cg", "stride_cl", "stride_yl"),
+        *("stride_ad", "stride_an"),
     ]
 )
 def selective_scan_kernel(
     u_ptr,  # (B, D, L)
     delta_ptr,  # (B, D, L)
-    a_ptr,  # (D, N), contiguous
+    a_ptr,  # (D, N)
     b_ptr,  # (B, G, N, L)
     c_ptr,  # (B, G, N, L)
     d_ptr,  # (D,), or None
     z_ptr,  # (B, D, L), or None
     delta_bias_ptr,  # (D,), or None
     y_ptr,  # (B, D, L), memory as (B, L, D)
+    stride_ad,
+    stride_an,
     stride_ub,
     stride_ud,
     stride_ul,
@@ -63,13 +76,15 @@ def selective_scan_kernel(
     offs_d = group * CHANNELS + in_group
     offs_n = tl.arange(0, BLOCK_N)
     mask_n = offs_n < STATES
-    offs = offs_d[None, :] * STATES + offs_n[:, None]
+    whole_d: tl.constexpr = CHANNELS % BLOCK_D == 0
+    whole_n: tl.constexpr = STATES == BLOCK_N
+    offs = offs_d[None, :] * stride_ad + offs_n[:, None] * stride_an
     a = tl.load(a_ptr + offs, mask=mask_n[:, None] & mask_d[None, :], other=0.0).to(tl.float32)
     a = a * 1.4426950408889634  # exp(x) = exp2(x log2(e))
     if HAS_D:
-        skip = tl.load(d_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+        skip = load(d_ptr + offs_d, mask_d, whole_d)
     if HAS_DELTA_BIAS:
-        bias = tl.load(delta_bias_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+        bias = load(delta_bias_ptr + offs_d, mask_d, whole_d)
 
     first = (LENGTH - 1) * REVERSE
     u_ptrs = u_ptr + sample * stride_ub + first * stride_ul + offs_d * stride_ud
@@ -82,10 +97,10 @@ def selective_scan_kernel(
     direction = 1 - 2 * REVERSE
     h = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for _ in range(LENGTH):
-        u = tl.load(u_ptrs, mask=mask_d, other=0.0).to(tl.float32)
-        delta = tl.load(delta_ptrs, mask=mask_d, other=0.0).to(tl.float32)
-        b = tl.load(b_ptrs, mask=mask_n, other=0.0).to(tl.float32)
-        c = tl.load(c_ptrs, mask=mask_n, other=0.0).to(tl.float32)
+        u = load(u_ptrs, mask_d, whole_d)
+        delta = load(delta_ptrs, mask_d, whole_d)
+        b = load(b_ptrs, mask_n, whole_n)
+        c = load(c_ptrs, mask_n, whole_n)
         if HAS_DELTA_BIAS:
             delta += bias
         if DELTA_SOFTPLUS:
@@ -95,9 +110,13 @@ def selective_scan_kernel(
         if HAS_D:
             y += skip * u
         if HAS_Z:
-            y *= silu(tl.load(z_ptrs, mask=mask_d, other=0.0).to(tl.float32))
+            y *= silu(load(z_ptrs, mask_d, whole_d))
             z_ptrs += direction * stride_zl
-        tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask_d)
+        y = y.to(y_ptr.dtype.element_ty)
+        if whole_d:
+            tl.store(y_ptrs, y)
+        else:
+            tl.store(y_ptrs, y, mask=mask_d)
         u_ptrs += direction * stride_ul
         delta_ptrs += direction * stride_dl
         b_ptrs += direction * stride_bl
