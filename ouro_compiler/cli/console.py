@@ -77,7 +77,7 @@ def write_json(path: Path, data: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 through a temporary name. Raises UsageError if the place cannot be written."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = path.parent / f"{path.name}.{os.getpid()}.partial"
     try:
         partial.write_text(text, encoding="utf-8")
         os.replace(partial, path)

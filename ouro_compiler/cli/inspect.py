@@ -41,8 +41,8 @@ def run(
     from ouro_compiler.errors import UsageError
     from ouro_compiler.runtime.artifact import is_artifact
 
-    if output is not None and not output.parent.is_dir():
-        raise UsageError(f"{output} is not in an existing folder")
+    if output is not None and (output.is_dir() or not output.parent.is_dir()):
+        raise UsageError(f"{output} is no file in an existing folder")
     if is_artifact(path):
         if after is not None:
             raise UsageError("--after is for models: an artefact has been through every pass")

@@ -64,7 +64,7 @@ def _lines(network: nx.DiGraph) -> Iterator[str]:
     for source, user, data in network.edges(data=True):
         attributes = dict(data)
         if data.get("argument") and network.nodes[user]["op"] in _NAMED_EDGES:
-            attributes["label"] = _label(data["argument"])
+            attributes["label"] = _label(f" {data['argument']}")  # clear of the line
         yield f"  {_quoted(source)} -> {_quoted(user)} {_listed(attributes)};"
     yield "}"
 
