@@ -36,11 +36,13 @@ STAGES = [pass_name(one) for one in PIPELINE]
 NORMALIZED = pass_name(NORMALIZE[-1])
 
 
-@lru_cache(maxsize=16)
-def stage(name: str, depth: int = 1) -> fx.GraphModule:
+def captured(name: str, depth: int = 1) -> fx.GraphModule:
     preprocessing = Preprocessing(size=28, mean=(0.0,), std=(1.0,))
     noise = noise_images(preprocessing, 4, 0)
     return graph_after(small_vim(depth), images(2), name, calibration=noise)[0]
+
+
+stage = lru_cache(maxsize=16)(captured)
 
 
 def calls(gm: fx.GraphModule) -> list[fx.Node]:
@@ -67,10 +69,8 @@ def test_every_stage_in_both_formats(name: str) -> None:
     read = nx.read_graphml(io.BytesIO(to_graphml(network).encode()))
     assert dict(read.nodes(data=True)) == dict(network.nodes(data=True))
     assert list(read.edges(data=True)) == list(network.edges(data=True))
-    for source, user in network.edges:
-        assert source in {
-            one.name for one in next(n for n in calls(gm) if n.name == user).all_input_nodes
-        }
+    inputs = {node.name: {one.name for one in node.all_input_nodes} for node in calls(gm)}
+    assert all(source in inputs[user] for source, user in network.edges)
     folded = fold_network(network)
     text = to_dot(folded)
     parsed = parse_dot(text)
@@ -296,10 +296,7 @@ def test_labels_and_colours() -> None:
 
 def test_same_graph_same_bytes() -> None:
     """Of two captures of one model, and so of whatever order sets come in."""
-    preprocessing = Preprocessing(size=28, mean=(0.0,), std=(1.0,))
-    noise = noise_images(preprocessing, 4, 0)
-    again = graph_after(small_vim(), images(2), STAGES[-1], calibration=noise)[0]
-    first, second = build_network(stage(STAGES[-1])), build_network(again)
+    first, second = build_network(stage(STAGES[-1])), build_network(captured(STAGES[-1]))
     assert to_graphml(first) == to_graphml(second)
     assert to_dot(fold_network(first)) == to_dot(fold_network(second))
     one, two = (restrict_to_block(network, "layers.0") for network in (first, second))
