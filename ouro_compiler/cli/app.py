@@ -49,6 +49,8 @@ class Format(str, Enum):
 
     text = "text"
     json = "json"
+    dot = "dot"
+    graphml = "graphml"
 
 
 def compile_command(
@@ -139,9 +141,17 @@ def compile_command(
 
 def inspect_command(
     model: Annotated[Path, typer.Argument(help="an artefact, or a model as for compile")],
-    format: Annotated[Format, typer.Option(help="a table or JSON")] = Format.text,
+    format: Annotated[
+        Format, typer.Option(help="a table, JSON, or the graph for Graphviz or networkx")
+    ] = Format.text,
     after: Annotated[
         str | None, typer.Option(help="of a model: stop after this pass (default: normalising)")
+    ] = None,
+    block: Annotated[
+        str | None, typer.Option(help="this block and its neighbours only, such as layers.0")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="file to write (stdout)")
     ] = None,
     calibration: Annotated[str, typer.Option(help="images for the quantizing passes")] = "noise",
     arch: Annotated[
@@ -151,13 +161,15 @@ def inspect_command(
         bool, typer.Option("--allow-pickle", help="unpickle MODEL: it can run any code")
     ] = False,
 ) -> None:
-    """Show the nodes of an artefact, or of a model after a pass: bits, scales, outlier share."""
+    """Show the graph of an artefact, or of a model after a pass: bits, kernels, outlier share."""
     from ouro_compiler.cli.inspect import run
 
     run(
         model,
-        as_json=format is Format.json,
+        format=format.value,
         after=after,
+        block=block,
+        output=output,
         calibration=calibration,
         arch=arch,
         allow_pickle=allow_pickle,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -60,12 +61,25 @@ def print_table(table: Table, *, piped_width: int = 100) -> None:
     Console(width=width, highlight=False).print(table)
 
 
+def table_text(table: Table, width: int) -> str:
+    """A rich table as plain text of `width` columns."""
+    from rich.console import Console
+
+    buffer = io.StringIO()
+    Console(file=buffer, width=width, highlight=False).print(table)
+    return buffer.getvalue()
+
+
 def write_json(path: Path, data: Any) -> None:
     """Write JSON through a temporary name. Raises UsageError if the place cannot be written."""
-    text = json.dumps(data, indent=2, sort_keys=True, allow_nan=False) + "\n"
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    write_text(path, json.dumps(data, indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 through a temporary name. Raises UsageError if the place cannot be written."""
+    partial = path.parent / f"{path.name}.{os.getpid()}.partial"
     try:
-        partial.write_text(text)
+        partial.write_text(text, encoding="utf-8")
         os.replace(partial, path)
     except OSError as error:
         partial.unlink(missing_ok=True)

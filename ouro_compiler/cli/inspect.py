@@ -3,50 +3,82 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ouro_compiler.cli.console import print_table
-
 if TYPE_CHECKING:
+    from rich.table import Table
     from torch import fx
 
 _NOISE_IMAGES = 8
 _PIPED_WIDTH = 240  # one line a node, for grep
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Subject:
+    """A graph to show, with what is known beyond it."""
+
+    gm: fx.GraphModule
+    header: dict[str, Any]
+    shares: dict[str, float | None] = field(default_factory=dict)  # by site
+    kernels: dict[str, str] = field(default_factory=dict)  # by layer
+
+
 def run(
     path: Path,
     *,
-    as_json: bool,
+    format: str,
     after: str | None,
+    block: str | None,
+    output: Path | None,
     calibration: str,
     arch: str | None,
     allow_pickle: bool,
 ) -> None:
-    """Print the graph. Raises OuroError subclasses."""
+    """Show the graph in a format: text, json, dot or graphml. Raises OuroError subclasses."""
+    from ouro_compiler.cli.console import print_table, table_text, write_text
     from ouro_compiler.errors import UsageError
-    from ouro_compiler.inspection.nodes import NODES_SCHEMA_VERSION, node_rows
-    from ouro_compiler.runtime.artifact import is_artifact, load
+    from ouro_compiler.runtime.artifact import is_artifact
 
-    header: dict[str, Any]
+    if output is not None and (output.is_dir() or not output.parent.is_dir()):
+        raise UsageError(f"{output} is no file in an existing folder")
     if is_artifact(path):
         if after is not None:
             raise UsageError("--after is for models: an artefact has been through every pass")
-        compiled = load(path)
-        manifest = compiled.manifest
-        shares = {row["name"]: row["outlier_share"] for row in manifest["report"]["sites"]}
-        rows = node_rows(compiled.graph_module, shares)
-        header = {key: value for key, value in manifest.items() if key != "report"}
-        header["report"] = manifest["report"]
+        subject = _artefact(path)
     else:
         gm, name = _graph_of_model(path, after, calibration, arch, allow_pickle)
-        rows = node_rows(gm)
-        header = {"after": name}
-    if as_json:
-        print(json.dumps({"schema_version": NODES_SCHEMA_VERSION, **header, "nodes": rows}))
-        return
-    _print_nodes(rows)
+        subject = _Subject(gm=gm, header={"after": name})
+    if format == "text":
+        table = _table(_rows(subject, block))
+        if output is None:
+            print_table(table, piped_width=_PIPED_WIDTH)
+            return
+        text = table_text(table, _PIPED_WIDTH)
+    elif format == "json":
+        text = _json(subject, block)
+    else:
+        text = _network_text(subject, format, block)
+    if output is None:
+        print(text, end="")
+    else:
+        write_text(output, text)
+
+
+def _artefact(path: Path) -> _Subject:
+    from ouro_compiler.runtime.artifact import load
+
+    compiled = load(path)
+    manifest = compiled.manifest
+    report = manifest["report"]
+    header = {key: value for key, value in manifest.items() if key != "report"}
+    return _Subject(
+        gm=compiled.graph_module,
+        header={**header, "report": report},
+        shares={row["name"]: row["outlier_share"] for row in report["sites"]},
+        kernels={row["name"]: row["kernel"] for row in report["layers"]["rows"] if row["kernel"]},
+    )
 
 
 def _graph_of_model(
@@ -64,7 +96,43 @@ def _graph_of_model(
     return graph_after(loaded.module, loaded.example, after, calibration=images)
 
 
-def _print_nodes(rows: list[dict[str, Any]]) -> None:
+def _rows(subject: _Subject, block: str | None) -> list[dict[str, Any]]:
+    from ouro_compiler.inspection.network import build_network, restrict_to_block
+    from ouro_compiler.inspection.nodes import node_rows
+
+    rows = node_rows(subject.gm, subject.shares, subject.kernels)
+    if block is None:
+        return rows
+    kept = restrict_to_block(build_network(subject.gm), block)
+    return [row for row in rows if row["name"] in kept]
+
+
+def _json(subject: _Subject, block: str | None) -> str:
+    from ouro_compiler.inspection.nodes import NODES_SCHEMA_VERSION
+
+    nodes = _rows(subject, block)
+    head = {"schema_version": NODES_SCHEMA_VERSION, **subject.header}
+    return json.dumps({**head, "nodes": nodes}) + "\n"
+
+
+def _network_text(subject: _Subject, format: str, block: str | None) -> str:
+    from ouro_compiler.inspection.dot import to_dot
+    from ouro_compiler.inspection.network import (
+        build_network,
+        fold_network,
+        restrict_to_block,
+        to_graphml,
+    )
+
+    network = build_network(subject.gm, subject.shares, subject.kernels)
+    if format == "dot":
+        network = fold_network(network)
+    if block is not None:
+        network = restrict_to_block(network, block)
+    return to_dot(network) if format == "dot" else to_graphml(network)
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
     from rich.table import Table
 
     table = Table("node", "op", "shape", "dtype", "bits", "scale (median)", "outliers", "site")
@@ -84,4 +152,4 @@ def _print_nodes(rows: list[dict[str, Any]]) -> None:
             f"{100 * share:.2f} %" if share is not None else "",
             row.get("site", ""),
         )
-    print_table(table, piped_width=_PIPED_WIDTH)
+    return table

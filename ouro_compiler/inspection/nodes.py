@@ -1,4 +1,4 @@
-"""Nodes of a graph as plain rows: op, inputs, shape, bits, scales, outlier share."""
+"""Nodes of a graph as plain rows: op, inputs, shape, bits, scales, outlier share, kernel, block."""
 
 from __future__ import annotations
 
@@ -9,30 +9,44 @@ import torch
 from torch import fx
 
 from ouro_compiler.evaluation import site_name
-from ouro_compiler.graph import argument, get_constant, is_op
+from ouro_compiler.graph import argument, get_constant
+from ouro_compiler.inspection.places import block_names, layer_names, op_name
 
 NODES_SCHEMA_VERSION = 1
-_OURO = torch.ops.ouro
-_QUANTIZERS = (
-    _OURO.quantize_dynamic_outlier.default,
-    _OURO.quantize_static_outlier.default,
+# By name, so that this table can name ops that a build does not have.
+QUANTIZERS = frozenset(
+    f"ouro.{name}"
+    for name in (
+        "quantize_dynamic_outlier",
+        "quantize_static_outlier",
+        "add_norm_quantize",
+        "causal_conv1d_quantize",
+        "gate_sum_quantize",
+    )
 )
+# The operand that holds a quantized node's scales.
 _SCALED = {
-    **dict.fromkeys(_QUANTIZERS, "inlier_scale"),
-    _OURO.dequantize_dynamic_outlier.default: "inlier_scale",
-    _OURO.linear_dynamic_outlier.default: "weight_scale",
-    _OURO.dequantize_weight.default: "weight_scale",
+    **dict.fromkeys(QUANTIZERS, "inlier_scale"),
+    "ouro.dequantize_dynamic_outlier": "inlier_scale",
+    "ouro.linear_dynamic_outlier": "weight_scale",
+    "ouro.dequantize_weight": "weight_scale",
 }
 
 
 def node_rows(
-    gm: fx.GraphModule, shares: Mapping[str, float | None] | None = None
+    gm: fx.GraphModule,
+    shares: Mapping[str, float | None] | None = None,
+    kernels: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
     """A row for every call in the graph, in order.
 
-    shares: outlier share by site, where it was measured. Keys: name, op, inputs, shape, dtype; for
-    quantized nodes also bits, outlier_bits, scale {min, median, max}, site, outlier_share.
+    shares: outlier share by site, where it was measured. kernels: what runs a node, by its own
+    name or by that of its layer; the rest is "reference" for ouro ops, else "aten". Keys: name, op,
+    inputs, constants, shape, dtype, kernel, block, layer (None where there is none); for quantized
+    nodes also bits, outlier_bits, reverse, scale {min, median, max}, and for quantizers site and
+    outlier_share.
     """
+    blocks, layers, known = block_names(gm), layer_names(gm), kernels or {}
     rows = []
     for node in gm.graph.nodes:
         if node.op != "call_function":
@@ -40,12 +54,15 @@ def node_rows(
         value = node.meta.get("val")
         row: dict[str, Any] = {
             "name": node.name,
-            "op": _op_name(node),
+            "op": op_name(node),
             "inputs": [one.name for one in node.all_input_nodes if one.op != "get_attr"],
             "constants": [str(one.target) for one in node.all_input_nodes if one.op == "get_attr"],
-            "shape": _shape(value),
-            "dtype": str(value.dtype).removeprefix("torch.") if _is_tensor(value) else None,
+            "shape": shape_of(value),
+            "dtype": dtype_of(value),
+            "block": blocks[node.name],
+            "layer": layers.get(node.name),
         }
+        row["kernel"] = known.get(row["name"]) or known.get(row["layer"]) or _kernel(row["op"])
         row.update(_quantization(gm, node, shares or {}))
         rows.append(row)
     return rows
@@ -54,16 +71,13 @@ def node_rows(
 def _quantization(
     gm: fx.GraphModule, node: fx.Node, shares: Mapping[str, float | None]
 ) -> dict[str, Any]:
-    if node.target not in _SCALED:
+    op = op_name(node)
+    if op not in _SCALED:
         return {}
-    found: dict[str, Any] = {}
-    if is_op(node, _OURO.dequantize_weight.default):
-        found["bits"] = argument(node, "bits")
-    else:
-        found["bits"] = argument(node, "inlier_bits")
-        found["outlier_bits"] = argument(node, "outlier_bits")
-        found["reverse"] = argument(node, "reverse")
-    scale = get_constant(gm, argument(node, _SCALED[node.target]))
+    held = {one.name for one in node.target._schema.arguments}  # type: ignore[union-attr]
+    found: dict[str, Any] = {"bits": argument(node, "bits" if "bits" in held else "inlier_bits")}
+    found.update({key: argument(node, key) for key in ("outlier_bits", "reverse") if key in held})
+    scale = get_constant(gm, argument(node, _SCALED[op]))
     if scale is not None:
         scale = scale.float()
         found["scale"] = {
@@ -71,25 +85,23 @@ def _quantization(
             "median": float(scale.median()),
             "max": float(scale.max()),
         }
-    if is_op(node, *_QUANTIZERS):
-        found["site"] = site_name(node)
+    if op in QUANTIZERS:
+        found["site"] = node.meta.get("ouro_site") or site_name(node)
         found["outlier_share"] = shares.get(found["site"])
     return found
 
 
-def _op_name(node: fx.Node) -> str:
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return str(target).removesuffix(".default")
-    return str(getattr(target, "__name__", target))
+def _kernel(op: str) -> str:
+    return "reference" if op.startswith("ouro.") else "aten"
 
 
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, torch.Tensor)
+def dtype_of(value: Any) -> str | None:
+    """`float32`; None for what is no tensor."""
+    return str(value.dtype).removeprefix("torch.") if isinstance(value, torch.Tensor) else None
 
 
-def _shape(value: Any) -> list[Any] | None:
-    """Sizes; the dynamic batch is the string "B"."""
-    if not _is_tensor(value):
+def shape_of(value: Any) -> list[Any] | None:
+    """Sizes, the dynamic batch as the string "B"; None for what is no tensor."""
+    if not isinstance(value, torch.Tensor):
         return None
     return [size if isinstance(size, int) else "B" for size in value.shape]
