@@ -9,12 +9,8 @@ import torch
 from torch import Tensor, fx
 
 from ouro_compiler.graph import argument, is_op
+from ouro_compiler.ops import QUANTIZERS
 from ouro_compiler.ops.quantize import listed_mask
-
-_QUANTIZERS = (
-    torch.ops.ouro.quantize_dynamic_outlier.default,
-    torch.ops.ouro.quantize_static_outlier.default,
-)
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
@@ -58,8 +54,8 @@ class OutlierCounter(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        if is_op(n, *_QUANTIZERS):
-            codes, _, start = value
+        if is_op(n, *QUANTIZERS):
+            codes, _, start = value[:3]
             listed = listed_mask(
                 start, codes.shape[1], argument(n, "refresh_period"), argument(n, "reverse")
             )

@@ -6,19 +6,16 @@ import torch
 from torch import fx
 
 from ouro_compiler.graph import aten, get_constant, is_op, value_of
+from ouro_compiler.ops import QUANTIZERS
 
 LINEAR, HEAD, CONVOLUTION = "linear weights", "heads", "convolutions"
 SSM, WEIGHT_SCALES = "SSM parameters", "weight scales"
 ACTIVATION_SCALES, OTHER = "activation scales", "norms, embeddings, biases"
 
 _OURO = torch.ops.ouro
-_QUANTIZERS = (
-    _OURO.quantize_dynamic_outlier.default,
-    _OURO.quantize_static_outlier.default,
-    _OURO.dequantize_dynamic_outlier.default,
-)
 _CONVOLUTIONS = (
     _OURO.causal_conv1d.default,
+    _OURO.causal_conv1d_quantize.default,
     aten.conv1d.default,
     aten.conv2d.default,
     aten.conv1d.padding,
@@ -57,8 +54,10 @@ def _part(constant: fx.Node) -> str:
 
 def _part_by_reader(user: fx.Node, operand: fx.Node) -> str:
     index = next((i for i, arg in enumerate(user.args) if arg is operand), -1)
-    if is_op(user, *_QUANTIZERS):
-        return ACTIVATION_SCALES
+    if is_op(user, *QUANTIZERS, _OURO.dequantize_dynamic_outlier.default):
+        names = [one.name for one in user.target._schema.arguments]  # type: ignore[union-attr]
+        if names[index] in ("inlier_scale", "zero_point", "threshold", "channels"):
+            return ACTIVATION_SCALES
     if is_op(user, _OURO.linear_dynamic_outlier.default):
         return {1: ACTIVATION_SCALES, 5: LINEAR, 6: WEIGHT_SCALES}.get(index, OTHER)
     if is_op(user, _OURO.dequantize_weight.default):

@@ -29,7 +29,7 @@ ALLOWED = {
     "calibration": SHARED,
     "passes": SHARED | {"calibration"},
     "recipes": SHARED | {"calibration"},
-    "sizes": {"graph"},
+    "sizes": {"graph", "ops"},
     "runtime": LEAVES | {"ops", "archive", "kernels"},
     "lowering": SHARED | {"runtime", "kernels"},
     "frontend": LEAVES | {"ops", "graph", "models", "archive"},

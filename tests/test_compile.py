@@ -15,15 +15,11 @@ from ouro_compiler.errors import ModelError, RefusedLayerError, UsageError, Veri
 from ouro_compiler.evaluation import snr_db
 from ouro_compiler.frontend.capture import capture
 from ouro_compiler.graph import argument, get_constant, is_op
+from ouro_compiler.ops import QUANTIZERS
 from ouro_compiler.passes import NORMALIZE, QUANTIZE
 from ouro_compiler.passes.base import PassContext, run_passes
 from ouro_compiler.recipes import ouromamba
 from tests.models import compiled_vim, images, small_vim
-
-QUANTIZERS = (
-    torch.ops.ouro.quantize_dynamic_outlier.default,
-    torch.ops.ouro.quantize_static_outlier.default,
-)
 
 
 def changed(config: QuantConfig, **activations: object) -> QuantConfig:
@@ -66,7 +62,8 @@ def test_codes_stay_in_range(preset: str) -> None:
         def run_node(self, n: fx.Node) -> object:
             value = super().run_node(n)
             if is_op(n, *QUANTIZERS):
-                asymmetric = argument(n, "zero_point") is not None
+                plain = is_op(n, torch.ops.ouro.quantize_dynamic_outlier.default)
+                asymmetric = plain and argument(n, "zero_point") is not None
                 bits = argument(n, "inlier_bits"), argument(n, "outlier_bits")
                 start = value[2]
                 unlisted = (start == torch.iinfo(start.dtype).max).all(1)  # never in any window

@@ -25,7 +25,7 @@ from ouro_compiler.inspection.network import (
     restrict_to_block,
     to_graphml,
 )
-from ouro_compiler.inspection.nodes import QUANTIZERS, node_rows
+from ouro_compiler.inspection.nodes import QUANTIZER_NAMES, node_rows
 from ouro_compiler.inspection.places import block_names, block_of, layer_names
 from ouro_compiler.passes import NORMALIZE, PIPELINE
 from ouro_compiler.passes.base import pass_name
@@ -94,7 +94,7 @@ def test_ops_with_bits_show_them(name: str) -> None:
         if held & {"bits", "inlier_bits"}:
             assert row["bits"] == 4
             assert row["scale"]["max"] >= row["scale"]["median"] > 0
-        if row["op"] in QUANTIZERS:
+        if row["op"] in QUANTIZER_NAMES:
             assert row["site"].startswith("layers.0.")
 
 
@@ -123,8 +123,8 @@ def test_attributes() -> None:
         for _, data in network.nodes(data=True)
         if data.get("site") == "layers.0.mixer.in_proj.input"
     )
-    assert quantize["shape"] == "Bx50x48, Bx50, Bx5x48"
-    assert quantize["dtype"] == "int8, float32, uint8"
+    assert quantize["shape"] == "Bx50x48, Bx50, Bx5x48, Bx50x48"
+    assert quantize["dtype"] == "int8, float32, uint8, float32"
     assert quantize["outlier_share"] == shares["layers.0.mixer.in_proj.input"]
     assert quantize["kernel"] == "reference"
     head = next(data for _, data in network.nodes(data=True) if data.get("layer") == "head")
@@ -288,7 +288,7 @@ def test_labels_and_colours() -> None:
         kind: {n["fillcolor"] for n in parsed.nodes.values() if n["op"] == kind}
         for kind in ("ouro.selective_scan", "ouro.linear_dynamic_outlier", "ouro.add_norm")
     }
-    quantize = {n["fillcolor"] for n in parsed.nodes.values() if n["op"] in QUANTIZERS}
+    quantize = {n["fillcolor"] for n in parsed.nodes.values() if n["op"] in QUANTIZER_NAMES}
     assert all(len(colours) == 1 for colours in (*kinds.values(), quantize))
     assert len(set.union(*kinds.values(), quantize)) == 4
     assert parsed.labels["cluster_layers.0"] == "layers.0"

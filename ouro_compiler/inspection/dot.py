@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ouro_compiler.inspection.network import blocks_of
-from ouro_compiler.inspection.nodes import QUANTIZERS
+from ouro_compiler.inspection.nodes import QUANTIZER_NAMES
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -16,7 +16,7 @@ _QUANTIZE = {"fillcolor": "#ffe0b2"}
 _VIEW = {"shape": "plaintext", "style": "", "fontcolor": "#606060", "height": "0.2"}
 _ENDS = {"shape": "oval", "fillcolor": "#e8e8e8"}
 _STYLES = {
-    **dict.fromkeys(QUANTIZERS, _QUANTIZE),
+    **dict.fromkeys(QUANTIZER_NAMES, _QUANTIZE),
     "ouro.dequantize_dynamic_outlier": _QUANTIZE,
     "ouro.dequantize_weight": _QUANTIZE,
     "ouro.linear_dynamic_outlier": {"fillcolor": "#bbdefb"},

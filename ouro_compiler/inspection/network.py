@@ -104,7 +104,9 @@ def _attributes(node: fx.Node, row: Mapping[str, Any]) -> dict[str, Any]:
     found = {key: row[key] for key in _SCALARS if row.get(key) is not None}
     value = node.meta.get("val")
     values = value if isinstance(value, (list, tuple)) else [value]
-    shapes = [shape for one in values if (shape := shape_of(one)) is not None]
+    # Outputs that were not asked for (values before quantization) are empty tensors.
+    values = [one for one in values if shape_of(one) not in (None, [0])]
+    shapes = [shape_of(one) or [] for one in values]
     if shapes:
         found["shape"] = ", ".join("x".join(map(str, one)) or "scalar" for one in shapes)
         found["dtype"] = ", ".join(filter(None, map(dtype_of, values)))

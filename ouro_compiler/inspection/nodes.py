@@ -9,24 +9,15 @@ import torch
 from torch import fx
 
 from ouro_compiler.evaluation import site_name
-from ouro_compiler.graph import argument, get_constant
+from ouro_compiler.graph import argument, get_constant, is_op
 from ouro_compiler.inspection.places import block_names, layer_names, op_name
+from ouro_compiler.ops import QUANTIZERS
 
 NODES_SCHEMA_VERSION = 1
-# By name, so that this table can name ops that a build does not have.
-QUANTIZERS = frozenset(
-    f"ouro.{name}"
-    for name in (
-        "quantize_dynamic_outlier",
-        "quantize_static_outlier",
-        "add_norm_quantize",
-        "causal_conv1d_quantize",
-        "gate_sum_quantize",
-    )
-)
+QUANTIZER_NAMES = tuple(str(op).removesuffix(".default") for op in QUANTIZERS)
 # The operand that holds a quantized node's scales.
 _SCALED = {
-    **dict.fromkeys(QUANTIZERS, "inlier_scale"),
+    **dict.fromkeys(QUANTIZER_NAMES, "inlier_scale"),
     "ouro.dequantize_dynamic_outlier": "inlier_scale",
     "ouro.linear_dynamic_outlier": "weight_scale",
     "ouro.dequantize_weight": "weight_scale",
@@ -85,7 +76,7 @@ def _quantization(
             "median": float(scale.median()),
             "max": float(scale.max()),
         }
-    if op in QUANTIZERS:
+    if is_op(node, *QUANTIZERS):
         found["site"] = node.meta.get("ouro_site") or site_name(node)
         found["outlier_share"] = shares.get(found["site"])
     return found

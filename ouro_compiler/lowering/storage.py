@@ -17,8 +17,11 @@ _UPCASTING = frozenset(
     getattr(torch.ops.ouro, name).default
     for name in (
         "add_norm",
+        "add_norm_quantize",
+        "causal_conv1d_quantize",
         "dequantize_dynamic_outlier",
         "dequantize_weight",
+        "gate_sum_quantize",
         "linear_dynamic_outlier",
         "quantize_dynamic_outlier",
         "quantize_static_outlier",

@@ -1,5 +1,7 @@
 """`torch.ops.ouro.*`: importing this package registers every op."""
 
+import torch
+
 from ouro_compiler.ops import (  # noqa: F401  (imported for registration)
     causal_conv1d,
     fused,
@@ -8,4 +10,13 @@ from ouro_compiler.ops import (  # noqa: F401  (imported for registration)
     packing,
     quantize,
     selective_scan,
+)
+
+# Every op whose first three results are (codes, outlier_scale, outlier_start).
+QUANTIZERS = (
+    torch.ops.ouro.quantize_dynamic_outlier.default,
+    torch.ops.ouro.quantize_static_outlier.default,
+    torch.ops.ouro.add_norm_quantize.default,
+    torch.ops.ouro.causal_conv1d_quantize.default,
+    torch.ops.ouro.gate_sum_quantize.default,
 )
