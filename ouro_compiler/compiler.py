@@ -104,7 +104,7 @@ def compile(
     with _timed(report, "quantize"):
         run_passes(gm, QUANTIZE, PassContext(config=config, sites=plan.sites, table=table))
         report.layers = plan.rows
-        report.notes = lower(gm, plan.rows)
+        report.kernels, report.notes = lower(gm, plan.rows, target or "cpu")
         if strict:
             _refuse_skipped(report)
         program = export(gm, example)

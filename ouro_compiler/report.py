@@ -29,7 +29,20 @@ class LayerRow:
     reason: str | None = None
     weight_bits: int | None = None
     activation_bits: int | None = None
-    kernel: str | None = None  # what runs it: "reference" until a generated kernel serves it
+    kernel: str | None = None  # what runs it on the target; None in floating point
+
+
+@dataclass(kw_only=True)
+class KernelRow:
+    """What runs one operator on the target, at `nodes` places of the graph.
+
+    kernel: a generated kernel's label, or "reference" with the reason why.
+    """
+
+    op: str
+    kernel: str
+    nodes: int
+    reason: str | None = None
 
 
 @dataclass(kw_only=True)
@@ -53,6 +66,7 @@ class Report:
     config: dict[str, Any]
     layers: list[LayerRow] = field(default_factory=list)
     sites: list[SiteRow] = field(default_factory=list)
+    kernels: list[KernelRow] = field(default_factory=list)
     bytes_fp16: int = 0
     bytes_stored: int = 0
     bytes_by_part: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -93,6 +107,7 @@ class Report:
                 "rows": [dataclasses.asdict(row) for row in self.layers],
             },
             "sites": [dataclasses.asdict(row) for row in self.sites],
+            "kernels": [dataclasses.asdict(row) for row in self.kernels],
             "bytes": {
                 "fp16": self.bytes_fp16,
                 "stored": self.bytes_stored,

@@ -131,7 +131,7 @@ def test_attributes() -> None:
     assert (head["kernel"], "block" in head) == ("aten", False)
     scan = next(name for name, op in network.nodes(data="op") if op == "ouro.selective_scan")
     named = {network.edges[edge]["argument"] for edge in network.in_edges(scan)}
-    assert named == {"u", "delta", "A", "B", "C", "D", "z"}
+    assert named == {"u", "delta", "A", "B", "C", "D"}
 
 
 @pytest.mark.parametrize("ssm", ["none", "params"])

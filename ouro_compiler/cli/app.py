@@ -9,12 +9,12 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ouro_compiler.cli import options
 from ouro_compiler.errors import OuroError, UsageError
 
 EXIT_CODES = """\b
@@ -22,85 +22,32 @@ Exit codes: 0 done; 2 usage or data; 3 the model is missing, unreadable or canno
 4 a selected layer was refused under --strict; 5 verification failed; 6 the device is missing."""
 
 
-class Ssm(str, Enum):
-    """--ssm"""
-
-    none = "none"
-    params = "params"
-
-
-class Outliers(str, Enum):
-    """--outliers"""
-
-    none = "none"
-    static = "static"
-    dynamic = "dynamic"
-
-
-class TargetName(str, Enum):
-    """--target"""
-
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-class Format(str, Enum):
-    """--format"""
-
-    text = "text"
-    json = "json"
-    dot = "dot"
-    graphml = "graphml"
-
-
 def compile_command(
-    model: Annotated[
-        Path, typer.Argument(help="Vim state_dict (.pth, .pt, .safetensors) or torch.export .pt2")
-    ],
-    w4a4: Annotated[bool, typer.Option("--w4a4", help="4-bit weights and activations")] = False,
-    w4a8: Annotated[bool, typer.Option("--w4a8", help="4-bit weights, 8-bit activations")] = False,
-    w6a6: Annotated[bool, typer.Option("--w6a6", help="6-bit weights and activations")] = False,
-    w8a8: Annotated[bool, typer.Option("--w8a8", help="8-bit weights and activations")] = False,
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="artefact to write (MODEL.PRESET.pt2)")
-    ] = None,
-    calibration: Annotated[
-        str | None,
-        typer.Option(help="folder of images, .npz or .safetensors of arrays, or 'noise'"),
-    ] = None,
-    images: Annotated[int, typer.Option(min=1, help="calibration images at most")] = 128,
-    ssm: Annotated[Ssm, typer.Option(help="operands of the scans to quantize")] = Ssm.params,
-    outliers: Annotated[Outliers, typer.Option(help="how outliers are found")] = Outliers.dynamic,
-    target: Annotated[TargetName, typer.Option(help="device it will run on")] = TargetName.cpu,
-    arch: Annotated[
-        str | None, typer.Option(help="architecture, where the weights cannot tell")
-    ] = None,
-    include: Annotated[
-        list[str] | None, typer.Option(help="layers to quantize, as patterns (all)")
-    ] = None,
-    exclude: Annotated[
-        list[str] | None, typer.Option(help="layers to leave alone, as patterns")
-    ] = None,
-    verify: Annotated[
-        str | None, typer.Option(help="labelled images to measure accuracy on")
-    ] = None,
-    max_drop: Annotated[
-        float | None, typer.Option(min=0.0, help="accuracy points that may be lost (exit 5)")
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="say what would be quantized, write nothing")
-    ] = False,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="fail if a selected layer is refused (exit 4)")
-    ] = False,
-    report: Annotated[Path | None, typer.Option(help="write the report as JSON")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="images at a time")] = 32,
-    seed: Annotated[int, typer.Option(help="of noise and of choosing images")] = 0,
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="unpickle MODEL: it can run any code")
-    ] = False,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="print errors only")] = False,
-    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="log every pass")] = False,
+    model: options.ModelArgument,
+    w4a4: options.W4a4 = False,
+    w4a8: options.W4a8 = False,
+    w6a6: options.W6a6 = False,
+    w8a8: options.W8a8 = False,
+    output: options.Output = None,
+    calibration: options.Calibration = None,
+    images: options.Images = 128,
+    ssm: options.SsmOption = options.Ssm.params,
+    outliers: options.OutliersOption = options.Outliers.dynamic,
+    target: options.TargetOption = options.TargetName.cpu,
+    precompile: options.Precompile = None,
+    arch: options.Arch = None,
+    include: options.Include = None,
+    exclude: options.Exclude = None,
+    verify: options.Verify = None,
+    max_drop: options.MaxDrop = None,
+    dry_run: options.DryRun = False,
+    strict: options.Strict = False,
+    report: options.Report = None,
+    batch_size: options.BatchSize = 32,
+    seed: options.Seed = 0,
+    allow_pickle: options.AllowPickle = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Compile MODEL into a quantized artefact."""
     from ouro_compiler.cli.compile import CompileRequest, run
@@ -123,6 +70,7 @@ def compile_command(
             ssm=ssm.value,
             outliers=outliers.value,
             target=target.value,
+            precompile=precompile,
             arch=arch,
             include=tuple(include or ("*",)),
             exclude=tuple(exclude or ()),
@@ -142,8 +90,8 @@ def compile_command(
 def inspect_command(
     model: Annotated[Path, typer.Argument(help="an artefact, or a model as for compile")],
     format: Annotated[
-        Format, typer.Option(help="a table, JSON, or the graph for Graphviz or networkx")
-    ] = Format.text,
+        options.Format, typer.Option(help="a table, JSON, or the graph for Graphviz or networkx")
+    ] = options.Format.text,
     after: Annotated[
         str | None, typer.Option(help="of a model: stop after this pass (default: normalising)")
     ] = None,
@@ -154,12 +102,8 @@ def inspect_command(
         Path | None, typer.Option("-o", "--output", help="file to write (stdout)")
     ] = None,
     calibration: Annotated[str, typer.Option(help="images for the quantizing passes")] = "noise",
-    arch: Annotated[
-        str | None, typer.Option(help="architecture, where the weights cannot tell")
-    ] = None,
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="unpickle MODEL: it can run any code")
-    ] = False,
+    arch: options.Arch = None,
+    allow_pickle: options.AllowPickle = False,
 ) -> None:
     """Show the graph of an artefact, or of a model after a pass: bits, kernels, outlier share."""
     from ouro_compiler.cli.inspect import run

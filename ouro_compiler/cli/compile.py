@@ -30,6 +30,7 @@ class CompileRequest:
     ssm: Any
     outliers: Any
     target: Target | Any
+    precompile: str | None
     arch: str | None
     include: tuple[str, ...]
     exclude: tuple[str, ...]
@@ -78,6 +79,8 @@ def run(request: CompileRequest) -> None:
     failure = _verdict(request, report)
     if failure is None:
         compiled.save(request.destination)
+        if request.precompile is not None:
+            report["precompiled"] = _precompile(request, compiled)
     if request.report is not None:
         write_json(request.report, report)
     if not request.quiet:
@@ -95,6 +98,12 @@ def _check(request: CompileRequest) -> None:
             "no calibration images: pass --calibration with a folder of images, an .npz or "
             ".safetensors of arrays, or 'noise'"
         )
+    if request.precompile is not None:
+        from ouro_compiler.kernels.offline import parse_architectures
+
+        parse_architectures(request.precompile)
+        if request.target != "cuda":
+            raise UsageError("--precompile compiles CUDA kernels: it needs --target cuda")
     for option, path in (("--output", request.destination), ("--report", request.report)):
         if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
             raise UsageError(f"{option} {path}: not a file in an existing folder")
@@ -149,6 +158,25 @@ def _compile(
             batch_size=request.batch_size,
             progress=progress,
         )
+
+
+def _precompile(request: CompileRequest, compiled: CompiledModel) -> list[dict[str, Any]]:
+    """Compile the artefact's kernels ahead, filling the caches; a row a kernel and architecture."""
+    from ouro_compiler.kernels.offline import compile_ahead, parse_architectures
+    from ouro_compiler.kernels.plan import distinct_launches, plan_kernels
+
+    assert request.precompile is not None
+    launches = distinct_launches(plan_kernels(compiled.graph_module))
+    architectures = parse_architectures(request.precompile)
+    rows = []
+    with progress_bars(request.quiet) as progress:
+        for architecture in architectures:
+            for done, launch in enumerate(launches, 1):
+                found = dataclasses.asdict(compile_ahead(launch, architecture))
+                rows.append({"kernel": launch.spec.label, "digest": launch.spec.digest, **found})
+                if progress is not None:
+                    progress(f"compiling for sm_{architecture}", done, len(launches))
+    return rows
 
 
 def _verdict(request: CompileRequest, report: dict[str, Any]) -> OuroError | None:
@@ -209,12 +237,34 @@ def _print_result(request: CompileRequest, report: dict[str, Any], *, saved: boo
             "accuracy",
             f"{100 * acc['before']:.2f} % -> {100 * acc['after']:.2f} % on {report['snr_data']}",
         )
+    for row in report["kernels"] if request.target == "cuda" else []:
+        if row["reason"] is not None:
+            label = f"{row['nodes']} {row['op']} run the {row['kernel']}"
+            table.add_row(label, row["reason"])
     for note in report["notes"]:
         table.add_row("note", note)
     table.add_row("time", f"{sum(report['seconds'].values()):.1f} s")
     print_table(table)
+    if "precompiled" in report:
+        _print_precompiled(report["precompiled"])
     if saved:
         print(request.destination, file=sys.stdout)
+
+
+def _print_precompiled(rows: list[dict[str, Any]]) -> None:
+    from rich.table import Table
+
+    table = Table("kernel", "for", "compiled in", "registers", "spills", "shared memory")
+    for row in rows:
+        table.add_row(
+            f"{row['kernel']} ({row['digest'][:8]})",
+            f"sm_{row['arch']}",
+            f"{row['seconds']:.2f} s",
+            str(row["registers"]),
+            str(row["spills"]),
+            f"{row['shared_bytes']} B",
+        )
+    print_table(table)
 
 
 def _skipped(rows: list[dict[str, Any]]) -> dict[tuple[str, str, bool], list[str]]:

@@ -19,7 +19,10 @@ from ouro_compiler.ops import fused
 from ouro_compiler.ops.causal_conv1d import causal_conv1d_ref
 from ouro_compiler.ops.library import LIBRARY
 from ouro_compiler.ops.linear import linear_dynamic_outlier_ref
-from ouro_compiler.ops.quantize import quantize_dynamic_outlier_ref
+from ouro_compiler.ops.quantize import (
+    dequantize_dynamic_outlier_ref,
+    quantize_dynamic_outlier_ref,
+)
 from ouro_compiler.ops.selective_scan import selective_scan_implementation
 
 
@@ -44,6 +47,10 @@ def _refuse_conv(x: Tensor, *_args: Any) -> str | None:
     return quantize.refuse_row(x, 1)
 
 
+def _refuse_dequantize(*args: Any) -> str | None:
+    return None if args[5] is None else quantize.refuse_row(args[5], 1)
+
+
 def _refuse_linear(*args: Any, dtype: torch.dtype | None = None) -> str | None:
     return linear.refuse(args[0], args[4], args[5], dtype or torch.float32)
 
@@ -55,6 +62,9 @@ def _refuse_scan(*args: Any) -> str | None:
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "quantize_dynamic_outlier": Implementation(
         quantize.quantize_dynamic_outlier, quantize_dynamic_outlier_ref, _refuse_rows
+    ),
+    "dequantize_dynamic_outlier": Implementation(
+        quantize.dequantize_dynamic_outlier, dequantize_dynamic_outlier_ref, _refuse_dequantize
     ),
     "add_norm_quantize": Implementation(
         quantize.add_norm_quantize, fused.add_norm_quantize_ref, _refuse_rows

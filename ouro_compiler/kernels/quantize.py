@@ -15,7 +15,7 @@ from ouro_compiler.ops.library import empty_token_major
 from ouro_compiler.ops.norm import check as check_norm
 from ouro_compiler.ops.norm import residual_dtype
 from ouro_compiler.ops.quantize import check as check_quantize
-from ouro_compiler.ops.quantize import window_length
+from ouro_compiler.ops.quantize import check_dequantize, window_length
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _MAX_COLUMNS = 8192  # a row lives in registers
@@ -85,6 +85,47 @@ def quantize_dynamic_outlier(
     vectors = (inlier_scale, zero_point, threshold)
     launch(spec, _grid(start), x, *vectors, codes, scale, start, *x.stride())
     return codes, scale, start
+
+
+def dequantize_dynamic_outlier(
+    codes: Tensor,
+    inlier_scale: Tensor,
+    zero_point: Tensor | None,
+    outlier_scale: Tensor,
+    outlier_start: Tensor,
+    x: Tensor | None,
+    inlier_bits: int,
+    outlier_bits: int,
+    refresh_period: int,
+    reverse: bool,
+) -> Tensor:
+    """`dequantize_dynamic_outlier_ref` by kernel; x (B, L, K) may have any strides."""
+    check_dequantize(codes, (inlier_scale, zero_point), x, outlier_bits)
+    batch, length, columns = codes.shape
+    y = codes.new_empty(codes.shape, dtype=torch.float32)
+    block_k = min(256, next_power_of_2(columns))
+    block_m = max(1, 2048 // block_k)
+    spec = make_spec(
+        Template.DEQUANTIZE,
+        {
+            "LENGTH": length,
+            "COLUMNS": columns,
+            "WINDOW": window_length(refresh_period, length),
+            "INLIER_BITS": inlier_bits,
+            "OUTLIER_BITS": outlier_bits,
+            "ASYMMETRIC": zero_point is not None,
+            "REVERSE": reverse,
+            "BLOCK_M": block_m,
+            "BLOCK_K": block_k,
+        },
+        fp_fusion=False,
+    )
+    grid = (-(-batch * length // block_m), -(-columns // block_k), 1)
+    quantized = (contiguous(codes, "codes"), inlier_scale, zero_point, outlier_scale)
+    start = contiguous(outlier_start, "outlier_start")
+    strides = (0, 0, 0) if x is None else x.stride()
+    launch(spec, grid, *quantized, start, x, y, batch * length, *strides)
+    return y
 
 
 def add_norm_quantize(

@@ -13,6 +13,7 @@ class Template(str, Enum):
     """Files of `kernels/templates`; each defines one kernel, `<value>_kernel`."""
 
     QUANTIZE = "quantize_dynamic_outlier"
+    DEQUANTIZE = "dequantize_dynamic_outlier"
     ADD_NORM_QUANTIZE = "add_norm_quantize"
     CONV_QUANTIZE = "causal_conv1d_quantize"
     GATE_SUM_QUANTIZE = "gate_sum_quantize"

@@ -7,18 +7,23 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
+from ouro_compiler.config import Target
 from ouro_compiler.graph import delete_unused_constants, is_op
+from ouro_compiler.kernels.plan import plan_kernels
 from ouro_compiler.lowering import weights  # noqa: F401  (registers its rules)
 from ouro_compiler.lowering.registry import RULES
 from ouro_compiler.lowering.storage import store_as_half
-from ouro_compiler.report import LayerRow
+from ouro_compiler.report import KernelRow, LayerRow
 
 _LINEAR = torch.ops.ouro.linear_dynamic_outlier.default
 _SCAN = torch.ops.ouro.selective_scan.default
+_CPU = "no kernels are generated for CPUs yet"
 
 
-def lower(gm: fx.GraphModule, rows: Sequence[LayerRow]) -> list[str]:
-    """Lower in place, filling the rows' status; returns notes for the report.
+def lower(
+    gm: fx.GraphModule, rows: Sequence[LayerRow], target: Target = "cpu"
+) -> tuple[list[KernelRow], list[str]]:
+    """Lower in place, filling the rows' status; returns kernels and notes for the report.
 
     Rows come from the recipe's plan; a layer it selected that did not become an integer op is
     turned into a skipped row with the reason.
@@ -39,14 +44,34 @@ def lower(gm: fx.GraphModule, rows: Sequence[LayerRow]) -> list[str]:
     for row in rows:
         if row.status == "skipped":
             continue
-        if row.name in lowered and row.name not in refused:
-            row.kernel = "reference"
-        else:
+        if row.name not in lowered or row.name in refused:
             row.status = "skipped"
             row.reason = refused.get(row.name, "no pass turned it into an integer op")
     kept = store_as_half(gm)
     delete_unused_constants(gm)
-    notes = ["every op runs its reference implementation: no kernel is generated for it yet"]
+    kernels, by_layer = kernel_rows(gm, target)
+    for row in rows:
+        row.kernel = by_layer.get(row.name) if row.status != "skipped" else None
+    notes = []
     if kept:
         notes.append(f"kept in fp32, since fp16 cannot hold them: {', '.join(sorted(kept))}")
-    return notes
+    return kernels, notes
+
+
+def kernel_rows(gm: fx.GraphModule, target: Target) -> tuple[list[KernelRow], dict[str, str]]:
+    """What runs the graph's ouro ops on the target: rows by kind, and kernels by layer."""
+    rows: dict[tuple[str, str, str | None], KernelRow] = {}
+    by_layer: dict[str, str] = {}
+    for plan in plan_kernels(gm):
+        kernel, reasons = plan.kernel, [*([plan.reason] if plan.reason else []), *plan.copies]
+        if target == "cpu":
+            kernel, reasons = "reference", [_CPU]
+        reason = "; ".join(reasons) or None
+        row = rows.setdefault(
+            (plan.op, kernel, reason), KernelRow(op=plan.op, kernel=kernel, nodes=0, reason=reason)
+        )
+        row.nodes += 1
+        layer = plan.node.meta.get("ouro_layer")
+        if layer is not None and is_op(plan.node, _LINEAR, _SCAN):
+            by_layer[layer] = kernel
+    return list(rows.values()), by_layer

@@ -218,6 +218,16 @@ def quantize_static_outlier_ref(
     return codes, outlier_scale, start
 
 
+def check_dequantize(
+    codes: Tensor, per_token: tuple[Tensor | None, ...], x: Tensor | None, outlier_bits: int
+) -> None:
+    """Raise ValueError for operands of dequantize_dynamic_outlier that do not fit each other."""
+    name = "dequantize_dynamic_outlier"
+    check(name, codes, per_token, 8, outlier_bits, 1)
+    if outlier_bits == KEEP_FLOAT_BITS and (x is None or x.shape != codes.shape):
+        reject(name, "outlier_bits 16 reads x (B, L, K): pass it")
+
+
 def dequantize_dynamic_outlier_ref(
     codes: Tensor,
     inlier_scale: Tensor,
@@ -231,12 +241,12 @@ def dequantize_dynamic_outlier_ref(
     reverse: bool,
 ) -> Tensor:
     """x-hat fp32 (B, L, K). With outlier_bits 16 listed entries are read from x."""
+    check_dequantize(codes, (inlier_scale, zero_point), x, outlier_bits)
     listed = listed_mask(outlier_start, codes.shape[1], refresh_period, reverse)
     zero = None if zero_point is None else zero_point.float()[:, None]
     inliers = dequantize_codes(codes, inlier_scale.float()[:, None], zero, inlier_bits)
     if outlier_bits == KEEP_FLOAT_BITS:
-        if x is None:
-            raise ValueError("ouro::dequantize_dynamic_outlier: outlier_bits 16 reads x: pass it")
+        assert x is not None  # checked
         return torch.where(listed, x.float(), inliers)
     return torch.where(listed, codes.float() * outlier_scale[..., None], inliers)
 

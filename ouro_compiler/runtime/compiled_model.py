@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+import ouro_compiler.kernels.cuda  # noqa: F401  (registers the kernels for CUDA)
 from ouro_compiler.errors import DeviceError, UsageError
 
 

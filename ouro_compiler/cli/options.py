@@ -1,0 +1,84 @@
+"""The options of `ouro-compile`: type, flags and help of each."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Ssm(str, Enum):
+    """--ssm"""
+
+    none = "none"
+    params = "params"
+
+
+class Outliers(str, Enum):
+    """--outliers"""
+
+    none = "none"
+    static = "static"
+    dynamic = "dynamic"
+
+
+class TargetName(str, Enum):
+    """--target"""
+
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Format(str, Enum):
+    """--format"""
+
+    text = "text"
+    json = "json"
+    dot = "dot"
+    graphml = "graphml"
+
+
+ModelArgument = Annotated[
+    Path, typer.Argument(help="Vim state_dict (.pth, .pt, .safetensors) or torch.export .pt2")
+]
+W4a4 = Annotated[bool, typer.Option("--w4a4", help="4-bit weights and activations")]
+W4a8 = Annotated[bool, typer.Option("--w4a8", help="4-bit weights, 8-bit activations")]
+W6a6 = Annotated[bool, typer.Option("--w6a6", help="6-bit weights and activations")]
+W8a8 = Annotated[bool, typer.Option("--w8a8", help="8-bit weights and activations")]
+Output = Annotated[
+    Path | None, typer.Option("-o", "--output", help="artefact to write (MODEL.PRESET.pt2)")
+]
+Calibration = Annotated[
+    str | None,
+    typer.Option(help="folder of images, .npz or .safetensors of arrays, or 'noise'"),
+]
+Images = Annotated[int, typer.Option(min=1, help="calibration images at most")]
+SsmOption = Annotated[Ssm, typer.Option(help="operands of the scans to quantize")]
+OutliersOption = Annotated[Outliers, typer.Option(help="how outliers are found")]
+TargetOption = Annotated[TargetName, typer.Option(help="device it will run on")]
+Precompile = Annotated[
+    str | None, typer.Option(help="compile its kernels now, for sm_80,sm_90 ... (--target cuda)")
+]
+Arch = Annotated[str | None, typer.Option(help="architecture, where the weights cannot tell")]
+Include = Annotated[list[str] | None, typer.Option(help="layers to quantize, as patterns (all)")]
+Exclude = Annotated[list[str] | None, typer.Option(help="layers to leave alone, as patterns")]
+Verify = Annotated[str | None, typer.Option(help="labelled images to measure accuracy on")]
+MaxDrop = Annotated[
+    float | None, typer.Option(min=0.0, help="accuracy points that may be lost (exit 5)")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="say what would be quantized, write nothing")
+]
+Strict = Annotated[
+    bool, typer.Option("--strict", help="fail if a selected layer is refused (exit 4)")
+]
+Report = Annotated[Path | None, typer.Option(help="write the report as JSON")]
+BatchSize = Annotated[int, typer.Option(min=1, help="images at a time")]
+Seed = Annotated[int, typer.Option(help="of noise and of choosing images")]
+AllowPickle = Annotated[
+    bool, typer.Option("--allow-pickle", help="unpickle MODEL: it can run any code")
+]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="print errors only")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="log every pass")]

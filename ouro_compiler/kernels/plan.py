@@ -1,0 +1,88 @@
+"""Which kernels a graph runs on a GPU, found by running it on fake tensors. Needs neither."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ouro_compiler.kernels.cuda import IMPLEMENTATIONS
+from ouro_compiler.kernels.launch import Launch, record_launches
+
+NO_KERNEL = "no kernel is generated for this operator"
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelPlan:
+    """What runs one `ouro` node: its launches, or why its reference does."""
+
+    node: fx.Node
+    op: str
+    launches: tuple[Launch, ...] = ()
+    copies: tuple[str, ...] = ()
+    reason: str | None = None
+
+    @property
+    def kernel(self) -> str:
+        """The last kernel's label (the others prepare it), or "reference"."""
+        return self.launches[-1].spec.label if self.launches else "reference"
+
+
+def plan_kernels(gm: fx.GraphModule, batch: int = 1) -> list[KernelPlan]:
+    """A plan for every `ouro` node of a graph of one input (B, ...), in graph order.
+
+    Kernels do not depend on the batch; `batch` only gives the fake tensors a size.
+    """
+    placeholder = next(node for node in gm.graph.nodes if node.op == "placeholder")
+    like = placeholder.meta["val"]
+    mode = FakeTensorMode()
+    with mode, torch.no_grad():
+        images = torch.empty([batch, *map(int, like.shape[1:])], dtype=like.dtype)
+        planner = _Planner(gm, mode)
+        planner.run(images, enable_io_processing=False)
+    return planner.plans
+
+
+def distinct_launches(plans: Iterable[KernelPlan]) -> list[Launch]:
+    """One launch for every kernel that has to be compiled."""
+    found: dict[Any, Launch] = {}
+    for plan in plans:
+        for one in plan.launches:
+            kinds = tuple(arg.dtype if isinstance(arg, Tensor) else arg for arg in one.args)
+            found.setdefault((one.spec, kinds), one)
+    return list(found.values())
+
+
+class _Planner(fx.Interpreter):
+    def __init__(self, gm: fx.GraphModule, mode: FakeTensorMode) -> None:
+        super().__init__(gm)
+        self.mode = mode
+        self.plans: list[KernelPlan] = []
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        found = super().get_attr(target, args, kwargs)
+        return self.mode.from_tensor(found) if isinstance(found, Tensor) else found
+
+    def run_node(self, n: fx.Node) -> Any:
+        target = n.target
+        if isinstance(target, torch._ops.OpOverload) and target.namespace == "ouro":
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            self.plans.append(_plan(n, target, args, kwargs))
+        return super().run_node(n)
+
+
+def _plan(node: fx.Node, target: torch._ops.OpOverload, args: Any, kwargs: Any) -> KernelPlan:
+    name = target._schema.name.removeprefix("ouro::")
+    found = IMPLEMENTATIONS.get(name)
+    reason = NO_KERNEL if found is None else found.refuse(*args, **kwargs)
+    if found is None or reason is not None:
+        return KernelPlan(node=node, op=name, reason=reason)
+    with record_launches() as recording:
+        found.kernel(*args, **kwargs)
+    return KernelPlan(
+        node=node, op=name, launches=tuple(recording.launches), copies=tuple(recording.copies)
+    )
