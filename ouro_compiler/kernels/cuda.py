@@ -100,10 +100,10 @@ def _dispatching(name: str, found: Implementation) -> Callable[..., Any]:
     return run
 
 
-def register(device: str) -> None:
+def register(device: str, library: torch.library.Library = LIBRARY) -> None:
     """Register every implementation for a dispatch key ("CUDA"; "CPU" where Triton interprets)."""
     for name, found in IMPLEMENTATIONS.items():
-        LIBRARY.impl(name, _dispatching(name, found), device)
+        library.impl(name, _dispatching(name, found), device)
 
 
 register("CUDA")

@@ -106,13 +106,13 @@ def quantizer_warps(columns: int) -> int:
     return max(1, min(8, next_power_of_2(columns) // 256))
 
 
-def linear_blocks(rows_of_weight: int, bytes_a_row: int) -> dict[str, int]:
+def linear_blocks(rows_of_weight: int, bytes_a_row: int, *, fp32_outliers: bool) -> dict[str, int]:
     """BLOCK_M/N/K of a product with a weight of (rows, bytes).
 
-    64 rows: more make the lists of a tile longer (KERNELS: windows are 10 tokens). 128 columns and
-    two accumulators spill.
+    64 rows: more make the lists of a tile longer, since windows are some 10 tokens. Outliers in
+    fp32 are multiplied without tensor cores: wider tiles spill.
     """
-    block_n = max(16, min(128, next_power_of_2(rows_of_weight)))
+    block_n = max(16, min(64 if fp32_outliers else 128, next_power_of_2(rows_of_weight)))
     for block_k in (64, 32):
         if bytes_a_row % block_k == 0:
             return {"BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_K": block_k}

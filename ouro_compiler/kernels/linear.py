@@ -50,7 +50,8 @@ def linear_dynamic_outlier(
     outlier_start = contiguous(outlier_start, "outlier_start")
     residual = None if residual is None else contiguous(residual, "residual")
     y = codes.new_empty((batch, length, outputs), dtype=dtype or torch.float32)
-    blocks = linear_blocks(outputs, stored)
+    fp32_outliers = x is not None and x.dtype == torch.float32
+    blocks = linear_blocks(outputs, stored, fp32_outliers=fp32_outliers)
     # Floating-point sums must not depend on the other samples: no tile holds rows of two.
     per_sample = outlier_bits == KEEP_FLOAT_BITS
     tiles = _cdiv(length, blocks["BLOCK_M"]) * batch

@@ -78,6 +78,8 @@ class KernelSpec:
             parts += ["int4" if constants["PACKED"] else "int8", f"o{constants['OUTLIER_BITS']}"]
         elif "INLIER_BITS" in constants:
             parts.append(f"{constants['INLIER_BITS']}/{constants['OUTLIER_BITS']}")
+        if constants.get("ASYMMETRIC"):
+            parts.append("asymmetric")
         if constants.get("REVERSE"):
             parts.append("reverse")
         return " ".join([*parts, *(one.value for one in self.epilogue)])

@@ -41,7 +41,7 @@ def causal_conv1d_kernel(
         weight = tl.load(weight_ptr + offs_d * TAPS + tap, mask=mask_d, other=0.0).to(tl.float32)
         y += x * weight[None, :]
     if SILU:
-        y = silu(y.to(x_ptr.dtype.element_ty).to(tl.float32))
+        y = silu(y)
     offs = (sample * LENGTH + offs_l)[:, None] * CHANNELS + offs_d[None, :]
     mask = (offs_l < LENGTH)[:, None] & mask_d[None, :]
     tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)

@@ -51,14 +51,13 @@ def causal_conv1d_quantize_kernel(
             row = sample * stride_xb + source.to(tl.int64) * stride_xl
             x = tl.load(x_ptr + row + offs_k * stride_xk, mask=inside, other=0.0).to(tl.float32)
             y += x * tl.load(weight_ptr + offs_k * TAPS + tap, mask=mask, other=0.0).to(tl.float32)
-        y = y.to(x_ptr.dtype.element_ty).to(tl.float32)
         if SILU:
             y = silu(y)
         y = y.to(x_ptr.dtype.element_ty)
         out = sample * LENGTH + token
         offs = out * COLUMNS + offs_k
         tl.store(value_ptr + offs, y, mask=mask)
-        y = tl.where(mask, y.to(tl.float32), 0.0)
+        y = y.to(tl.float32)
         scale = tl.load(inlier_scale_ptr + token).to(tl.float32)
         threshold = tl.load(threshold_ptr + token).to(tl.float32)
         start = list_outliers(

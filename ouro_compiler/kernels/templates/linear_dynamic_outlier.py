@@ -146,7 +146,14 @@ def linear_dynamic_outlier_kernel(
             rows_x = x_ptr + first_sample * stride_xb + token.to(tl.int64) * stride_xl
             x = tl.load(rows_x[:, None] + (column * stride_xk)[None, :])
             x = tl.where(listed, x, 0.0)
-            acc_o = tl.dot(x, weight.to(x.dtype), acc_o, input_precision="ieee")
+            # Codes are exact in every type, and so is bf16 in tf32.
+            if x_ptr.dtype.element_ty == tl.float16:
+                acc_o = tl.dot(x, weight.to(tl.float16), acc_o)
+            elif x_ptr.dtype.element_ty == tl.bfloat16:
+                x, weight = x.to(tl.float32), weight.to(tl.float32)
+                acc_o = tl.dot(x, weight, acc_o, input_precision="tf32")
+            else:
+                acc_o = tl.dot(x, weight.to(tl.float32), acc_o, input_precision="ieee")
         else:
             outlier = tl.load(codes_ptr + (row[:, None] * COLUMNS + column[None, :]))
             outlier = tl.where(listed, outlier, 0).to(tl.int8)

@@ -1,0 +1,44 @@
+"""python -m benchmarks.run --suite NAME [--arch sm_80,sm_90] [--json FILE]"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+import benchmarks.offline  # noqa: F401  (registers its suite)
+from benchmarks.registry import SUITES
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
+    parser.add_argument("--suite", required=True, choices=sorted(SUITES))
+    parser.add_argument("--arch", default="sm_80,sm_89,sm_90", help="architectures (offline)")
+    parser.add_argument("--json", type=Path, help="write the rows, with what they were made with")
+    given = parser.parse_args()
+    rows = SUITES[given.suite](arch=given.arch)
+    if given.json is not None:
+        content = {"suite": given.suite, "machine": machine(), "rows": rows}
+        partial = given.json.with_name(f"{given.json.name}.{os.getpid()}.partial")
+        partial.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+        os.replace(partial, given.json)
+
+
+def machine() -> dict[str, str]:
+    """What the numbers were made with."""
+    import triton
+
+    return {
+        "processor": platform.machine(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+    }
+
+
+if __name__ == "__main__":
+    main()

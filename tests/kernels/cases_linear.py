@@ -1,0 +1,150 @@
+"""The two-scale product: accumulators bit for bit, results at the dtype's rounding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ouro_compiler.kernels.launch import record_launches
+from ouro_compiler.kernels.linear import linear_dynamic_outlier
+from ouro_compiler.ops.linear import linear_dynamic_outlier_ref
+from ouro_compiler.ops.packing import pack_int4_ref
+from ouro_compiler.ops.quantize import listed_mask, quantize_dynamic_outlier_ref
+from tests.helpers import assert_batch_invariant, assert_close, generator, randn
+from tests.kernels.inputs import SHAPES, activation, assert_equal, on
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+ROUNDING = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+ACTIVATIONS = ("none", "silu", "softplus")
+
+
+def problem(
+    index: int, outlier_bits: int, packed: bool, outputs: int = 70
+) -> tuple[dict[str, Any], torch.dtype]:
+    """Arguments of the op for one of SHAPES, with every option in turn."""
+    *shape, outliers = SHAPES[index]
+    batch, length, channels = shape
+    x, scale, threshold = activation(index, tuple(shape), outliers)  # type: ignore[arg-type]
+    ints = (4, outlier_bits, (10, 4)[index % 2], index % 3 == 1)
+    codes, outlier_scale, start = quantize_dynamic_outlier_ref(x, scale, None, threshold, *ints)
+    limit = 7 if packed else 127
+    made = generator(index)
+    weight = torch.randint(-limit, limit + 1, (outputs, channels), generator=made).to(torch.int8)
+    dtype = DTYPES[index % 3]
+    return {
+        "codes": codes,
+        "inlier_scale": scale.half() if index % 2 else scale,
+        "outlier_scale": outlier_scale,
+        "outlier_start": start,
+        "x": x.to(dtype) if outlier_bits == 16 else None,
+        "qweight": pack_int4_ref(weight) if packed else weight,
+        "weight_scale": torch.rand(outputs if index % 4 else 1, generator=made) * 0.1 + 0.01,
+        "bias": randn(index, outputs) if index % 2 else None,
+        "residual": randn(index, batch, length, outputs).to(dtype) if index % 3 else None,
+        "activation": ACTIVATIONS[index % 3],
+        "inlier_bits": ints[0],
+        "outlier_bits": ints[1],
+        "refresh_period": ints[2],
+        "reverse": ints[3],
+    }, dtype
+
+
+def run(device: str, given: dict[str, Any], dtype: torch.dtype | None = None) -> Tensor:
+    found = linear_dynamic_outlier(*on(device, *given.values()), dtype=dtype)
+    return found.cpu()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("outlier_bits", [8, 16])
+@pytest.mark.parametrize("index", range(len(SHAPES)))
+def test_linear(index: int, outlier_bits: int, packed: bool, device: str) -> None:
+    given, dtype = problem(index, outlier_bits, packed)
+    expected = linear_dynamic_outlier_ref(**given, dtype=dtype)
+    assert_close(run(device, given, dtype), expected, ROUNDING[dtype])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("index", range(len(SHAPES)))
+def test_accumulators(index: int, packed: bool, device: str) -> None:
+    """Scales of 1 and 0 let each int32 accumulator through fp32, exact below 2**24."""
+    given, _ = problem(index, 8, packed)
+    given.update(bias=None, residual=None, activation="none", weight_scale=torch.ones(1))
+    batch, length, channels = given["codes"].shape
+    weight = given["qweight"]
+    if packed:
+        low = ((weight << 4).view(torch.int8)) >> 4
+        weight = torch.cat((low, weight.view(torch.int8) >> 4), 1)[:, :channels]
+    listed = listed_mask(given["outlier_start"], length, given["refresh_period"], given["reverse"])
+    codes = given["codes"].long()
+    both = codes @ weight.long().t()
+    outliers = torch.where(listed, codes, 0) @ weight.long().t()
+    assert int(both.abs().max()) < 2**24
+    ones, zeros = torch.ones(length), torch.zeros(length)
+    given.update(inlier_scale=ones, outlier_scale=torch.zeros(batch, length))
+    assert torch.equal(run(device, given).long(), both - outliers)
+    given.update(inlier_scale=zeros, outlier_scale=torch.ones(batch, length))
+    assert torch.equal(run(device, given).long(), outliers)
+
+
+@pytest.mark.parametrize("outputs", [1, 16, 44, 128, 129, 300])
+def test_widths_of_the_output(outputs: int, device: str) -> None:
+    given, dtype = problem(9, 8, True, outputs)
+    expected = linear_dynamic_outlier_ref(**given, dtype=dtype)
+    assert_close(run(device, given, dtype), expected, ROUNDING[dtype])
+
+
+@pytest.mark.parametrize("channels", [1, 3, 12, 31, 64, 129])
+@pytest.mark.parametrize("packed", [False, True])
+def test_widths_of_the_input(channels: int, packed: bool, device: str) -> None:
+    """dt_proj's few features, and odd numbers of nibbles."""
+    x, scale, threshold = activation(channels, (2, 7, channels), 1)
+    ints = (4, 8, 10, False)
+    codes, outlier_scale, start = quantize_dynamic_outlier_ref(x, scale, None, threshold, *ints)
+    weight = torch.randint(-7, 8, (20, channels), generator=generator(1)).to(torch.int8)
+    stored = pack_int4_ref(weight) if packed else weight
+    args = (codes, scale, outlier_scale, start, None, stored, torch.rand(20), None, None, "none")
+    found = linear_dynamic_outlier(*on(device, *args), *ints)
+    assert_close(found.cpu(), linear_dynamic_outlier_ref(*args, *ints), 3e-6)
+
+
+@pytest.mark.parametrize("outlier_bits", [8, 16])
+def test_batch_invariance(outlier_bits: int, device: str) -> None:
+    given, _ = problem(10, outlier_bits, True)
+    rest = {key: value for key, value in given.items() if key not in ("codes", "x", "residual")}
+    batched = [given["codes"], given["outlier_scale"], given["outlier_start"], given["x"]]
+
+    def function(codes: Tensor, scale: Tensor, start: Tensor, x: Tensor | None) -> Tensor:
+        changed = {"outlier_scale": scale, "outlier_start": start, "x": x, "residual": None}
+        return run(device, {"codes": codes, **{k: {**rest, **changed}[k] for k in list(given)[1:]}})
+
+    assert_batch_invariant(function, *batched)
+
+
+def test_lists_of_columns_hold_the_listed_ones(device: str) -> None:
+    """The first kernel's lists, read through the launch that it gets."""
+    from ouro_compiler.kernels.cache import load_kernel
+    from ouro_compiler.kernels.launch import launch_options
+
+    given, _ = problem(16, 8, True)  # three samples, 197 tokens
+    with record_launches() as recording:
+        linear_dynamic_outlier(*on(device, *given.values()))
+    first = recording.launches[0]
+    start, lists, counts, rows = first.args
+    load_kernel(first.spec)[first.grid](start, lists, counts, rows, **launch_options(first.spec))
+    mask = listed_mask(given["outlier_start"], 197, given["refresh_period"], given["reverse"])
+    for tile, flags in enumerate(mask.reshape(-1, mask.shape[2]).split(first.spec["BLOCK_M"])):
+        wanted = flags.any(0).nonzero().squeeze(1)
+        assert int(counts[tile]) == len(wanted)
+        assert_equal((lists[tile, : len(wanted)].long(),), (wanted,))
+
+
+def test_refuses_what_the_reference_refuses(device: str) -> None:
+    given, _ = problem(0, 16, False)
+    with pytest.raises(ValueError, match="outlier_bits 16 reads x"):
+        run(device, {**given, "x": None})
+    with pytest.raises(ValueError, match="qweight has 95 columns, expected 96"):
+        run(device, {**given, "qweight": given["qweight"][:, :95]})

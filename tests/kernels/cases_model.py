@@ -1,0 +1,81 @@
+"""Whole compiled models on generated kernels: what the references give."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor, fx
+
+import ouro_compiler as ouro
+from ouro_compiler.config import QuantConfig
+from ouro_compiler.evaluation import snr_db
+from ouro_compiler.graph import is_op
+from ouro_compiler.kernels import launch
+from ouro_compiler.kernels.cuda import ReferenceWarning, register
+from ouro_compiler.ops import QUANTIZERS
+from tests.models import compiled_vim, images
+
+CONFIGS = {
+    "w4a4": ouro.W4A4,
+    "w8a8 none": dataclasses.replace(ouro.W8A8, ssm="none"),
+}
+
+
+@contextmanager
+def kernels_on(device: str) -> Iterator[None]:
+    """Kernels also serve the CPU where that is the device: they are interpreted."""
+    if device != "cpu":
+        yield
+        return
+    library = torch.library.Library("ouro", "IMPL")
+    register("CPU", library)
+    try:
+        yield
+    finally:
+        library._destroy()
+
+
+class Codes(fx.Interpreter):
+    """Runs a graph and keeps the codes of every quantizer."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__(gm)
+        self.found: list[Tensor] = []
+
+    def run_node(self, n: fx.Node) -> object:
+        value = super().run_node(n)
+        if is_op(n, *QUANTIZERS):
+            self.found.append(value[0].cpu())
+        return value
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_model(name: str, device: str) -> None:
+    config: QuantConfig = CONFIGS[name]
+    model = compiled_vim(config)
+    batch = images(2, seed=7)
+    reference = Codes(model.graph_module)
+    expected = reference.run(batch)
+    loaded = launch.load_kernel.cache_info()
+    with kernels_on(device), warnings.catch_warnings():
+        warnings.simplefilter("error", ReferenceWarning)
+        codes = Codes(model.to(device).graph_module)
+        found = codes.run(batch.to(device)).cpu()
+    model.to("cpu")
+    ran = launch.load_kernel.cache_info()
+    assert ran.hits + ran.misses - loaded.hits - loaded.misses >= 20, "the references ran"
+    # The first quantizers see the same values. Later a code may flip where two roundings of one
+    # value fall on both sides of a tie: a few in ten thousand, by one step.
+    total = sum(one.numel() for one in reference.found)
+    differences = [
+        (ours.int() - theirs.int()).abs()
+        for ours, theirs in zip(codes.found, reference.found, strict=True)
+    ]
+    assert len(differences) == (12 if config.ssm == "params" else 6)
+    assert sum(int((one > 0).sum()) for one in differences) <= 2e-3 * total
+    assert snr_db(expected, found) > 30

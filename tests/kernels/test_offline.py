@@ -1,0 +1,183 @@
+"""Kernels compiled for GPUs that are not here: no spills, register caps, the right instructions.
+
+Caps are those of KERNELS' designs: 64 registers for scans of 16 states and about 200 for a 64 x 128
+tile with two accumulators (one program of 256 threads a multiprocessor either way).
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.offline import conv_case, linear_case, quantizer_cases, recorded, scan_case
+from ouro_compiler.errors import UsageError
+from ouro_compiler.kernels.launch import Launch
+from ouro_compiler.kernels.offline import (
+    Resources,
+    compile_ahead,
+    innermost_loops,
+    parse_architectures,
+    parse_sass,
+)
+
+ARCHITECTURES = (80, 89, 90)
+HALF, FULL = torch.float16, torch.float32
+
+
+@pytest.fixture(autouse=True, scope="module")
+def empty_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    import triton
+
+    folder = tmp_path_factory.mktemp("caches")
+    with pytest.MonkeyPatch.context() as patch, triton.knobs.cache.scope():
+        patch.setenv("OURO_CACHE_DIR", str(folder / "ouro"))
+        triton.knobs.cache.dir = str(folder / "triton")
+        yield
+
+
+def compiled(launches: list[Launch], arch: int) -> list[Resources]:
+    """Compile, and check what holds for every kernel."""
+    found = [compile_ahead(launch, arch) for launch in launches]
+    for launch, one in zip(launches, found, strict=True):
+        assert (one.spills, one.stack_bytes) == (0, 0), (launch.spec.label, one)
+    return found
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("shape", "packed", "outlier_bits", "cap", "cap_90"),
+    [
+        ((768, 3072), True, 8, 200, 184),
+        ((768, 3072), False, 8, 204, 184),
+        ((768, 3072), True, 16, 200, 184),
+        ((768, 3072), False, 16, 216, 192),
+        ((384, 44), True, 8, 128, 128),
+        ((12, 384), True, 8, 200, 184),
+    ],
+)
+def test_linear(
+    shape: tuple[int, int], packed: bool, outlier_bits: int, cap: int, cap_90: int, arch: int
+) -> None:
+    launches = recorded(lambda: linear_case(*shape, packed=packed, outlier_bits=outlier_bits))
+    columns, product = compiled(launches, arch)
+    assert columns.registers <= 64
+    assert product.registers <= (cap_90 if arch == 90 else cap)
+    assert product.matrix is not None
+    if arch == 90:
+        assert product.matrix.startswith("wgmma.mma_async")
+        assert product.matrix.endswith("s32.s8.s8")
+    else:
+        assert product.matrix.startswith("mma.sync.aligned.m16n8k32.row.col")
+        assert product.matrix.endswith("s32.s8.s8.s32")
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_linear_with_every_epilogue(arch: int) -> None:
+    for activation in ("silu", "softplus"):
+        launches = recorded(
+            lambda activation=activation: linear_case(  # type: ignore[misc]
+                384, 768, packed=True, outlier_bits=8, activation=activation, residual=True
+            )
+        )
+        assert compiled(launches, arch)[1].registers <= 224
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(("inputs", "outputs"), [(384, 768), (768, 3072), (384, 44)])
+def test_linear_with_fp32_outliers(inputs: int, outputs: int, arch: int) -> None:
+    for packed in (True, False):
+        options = {"packed": packed, "outlier_bits": 16, "dtype": FULL, "residual": True}
+        launches = recorded(lambda options=options: linear_case(inputs, outputs, **options))  # type: ignore[misc]
+        assert compiled(launches, arch)[1].registers <= 224
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("channels", [192, 1536])
+def test_quantizers_divide_exactly(channels: int, arch: int) -> None:
+    launches = recorded(lambda: quantizer_cases(channels))
+    for launch, found in zip(launches, compiled(launches, arch), strict=True):
+        quantizes = "NEVER" in dict(launch.spec.constants)
+        assert found.exact_division == quantizes, launch.spec.label
+        assert found.registers <= 96
+        assert not launch.spec.fp_fusion
+    plain = compile_ahead(launches[0], arch)
+    assert not plain.approximate_division
+
+
+@pytest.mark.parametrize("dtype", [HALF, torch.bfloat16, FULL])
+@pytest.mark.parametrize(("states", "cap"), [(16, 64), (8, 64), (1, 40)])
+def test_scan(states: int, cap: int, dtype: torch.dtype) -> None:
+    launches = recorded(lambda: scan_case(384, states, dtype=dtype))
+    for arch in ARCHITECTURES:
+        found = compiled(launches, arch)[0]
+        assert found.shared_bytes == 0, "the sum over states needs no shuffles through memory"
+        assert found.registers <= (80 if arch == 89 else cap)
+        if arch == 90 and states == 16:
+            assert len(found.loops) == 1
+            assert found.loops[0] <= 136 * 1.1
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_scan_variants_and_conv(arch: int) -> None:
+    for options in ({"whole": True}, {"reverse": True}, {"groups": 4}):
+        found = compiled(recorded(lambda options=options: scan_case(384, 16, **options)), arch)  # type: ignore[misc]
+        assert found[0].registers <= 96
+    assert compiled(recorded(lambda: conv_case(384)), arch)[0].registers <= 96
+
+
+def test_what_was_compiled_ahead_is_found() -> None:
+    launch = recorded(lambda: scan_case(64, 4))[0]
+    script = (
+        "from benchmarks.offline import recorded, scan_case\n"
+        "from ouro_compiler.kernels.offline import compile_ahead\n"
+        "import pathlib, triton\n"
+        "compile_ahead(recorded(lambda: scan_case(64, 4))[0], 90)\n"
+        "print(len(list(pathlib.Path(triton.knobs.cache.dir).rglob('*.cubin'))))"
+    )
+    import triton
+
+    folder = Path(triton.knobs.cache.dir)
+    compile_ahead(launch, 90)
+    before = len(list(folder.rglob("*.cubin")))
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "TRITON_CACHE_DIR": str(folder)},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert int(result.stdout) == before, "another process compiled it again"
+
+
+def test_architectures() -> None:
+    assert parse_architectures("sm_80, sm_90,sm_80") == (80, 90)
+    for wrong in ("", "90", "sm_75", "sm_80;sm_90"):
+        with pytest.raises(UsageError, match="no architecture of: sm_80"):
+            parse_architectures(wrong)
+
+
+SASS = """
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+        /*0010*/                   MOV R2, 0x1 ;
+        /*0020*/              @!P0 IADD3 R3, R2, 0x1, RZ ;
+        /*0030*/                   FFMA R4, R3, R3, R4 ;
+        /*0040*/               @P1 BRA 0x20 ;
+        /*0050*/                   EXIT ;
+        /*0060*/               @P2 BRA 0x10 ;
+        /*0070*/                   BRA 0x70;
+"""
+
+
+def test_reading_disassembly() -> None:
+    instructions = parse_sass(SASS)
+    assert [name for _, name, _ in instructions] == [
+        *("LDC", "MOV", "IADD3", "FFMA", "BRA", "EXIT", "BRA", "BRA"),
+    ]
+    assert innermost_loops(instructions) == (3,)
