@@ -78,8 +78,12 @@ def selective_scan_kernel(
     mask_n = offs_n < STATES
     whole_d: tl.constexpr = CHANNELS % BLOCK_D == 0
     whole_n: tl.constexpr = STATES == BLOCK_N
-    offs = offs_d[None, :] * stride_ad + offs_n[:, None] * stride_an
-    a = tl.load(a_ptr + offs, mask=mask_n[:, None] & mask_d[None, :], other=0.0).to(tl.float32)
+    # Row by row: a two-dimensional load would impose its own layout on the state, and which one
+    # depends on the version of Triton.
+    a = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for n in tl.static_range(STATES):
+        a_row = load(a_ptr + offs_d * stride_ad + n * stride_an, mask_d, whole_d)
+        a = tl.where(offs_n[:, None] == n, a_row[None, :], a)
     a = a * 1.4426950408889634  # exp(x) = exp2(x log2(e))
     if HAS_D:
         skip = load(d_ptr + offs_d, mask_d, whole_d)
