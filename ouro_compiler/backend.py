@@ -1,0 +1,330 @@
+"""The backend of `torch.compile(model, backend="ouro", options={...})` (docs/torch_compile.md).
+
+Dynamo's graph takes the road of `ouro_compiler.compile`, from the second step on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import typing
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx
+
+from ouro_compiler.compiler import Images, TensorImages, prepare, quantize, refuse_skipped, timed
+from ouro_compiler.config import PRESETS, W4A4, Preprocessing, QuantConfig
+from ouro_compiler.data import noise_images, open_images
+from ouro_compiler.errors import RefusedLayerError, UsageError
+from ouro_compiler.frontend.batch import free_batch
+from ouro_compiler.frontend.capture import capture
+from ouro_compiler.frontend.checkpoint import default_preprocessing
+from ouro_compiler.frontend.dynamo import ImageGraph, UncalibratableError, bind
+from ouro_compiler.report import LayerRow, Report
+
+logger = logging.getLogger(__name__)
+
+Inner = Literal["inductor", "eager"]
+Calibration = Tensor | str | os.PathLike[str] | Images
+_IMAGES = 128  # of a path or of noise, as for ouro-compile
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What `options=` of torch.compile may hold; docs/torch_compile.md says what each means."""
+
+    calibration: Calibration
+    config: QuantConfig = W4A4
+    inner: Inner = "inductor"
+    images: int | None = None
+    preprocessing: Preprocessing | None = None
+    strict: bool = False
+    batch_size: int = 32
+
+    @staticmethod
+    def read(options: Mapping[str, Any] | None, mode: str | None) -> Options:
+        """Check what torch.compile passed on. Raises UsageError."""
+        if mode is not None:
+            raise UsageError(f"the ouro backend has no modes, got mode={mode!r}: use options=")
+        given = dict(options or {})
+        known = [field.name for field in dataclasses.fields(Options)]
+        unknown = sorted(str(key) for key in given.keys() - set(known))
+        if unknown:
+            raise UsageError(f"no option {', '.join(unknown)}: options are {', '.join(known)}")
+        if given.get("calibration") is None:
+            raise UsageError(
+                "calibration images are needed: pass options={'calibration': ...} with a tensor "
+                "(n, C, H, W), a folder, an .npz or .safetensors of arrays, or 'noise'"
+            )
+        if isinstance(given.get("config"), str):
+            given["config"] = _preset(given["config"])
+        read = Options(**given)
+        _check(read)
+        return read
+
+
+def ouro(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """Compile a graph of Dynamo's into a quantized one, called with the same flat inputs.
+
+    example_inputs: Dynamo's, one of them the images (B, C, H, W) fp32. options: `Options`. Returns
+    a callable that gives a tuple of the graph's outputs; where the graph cannot be calibrated, or
+    holds nothing to quantize, `gm` as it was, with one warning that says why.
+    Raises UsageError for options that cannot be used, under autocast, and for a model that is in
+    training mode, not in fp32 or asked for gradients of its images; ModelError for what
+    torch.export cannot trace; RefusedLayerError under `strict`; VerificationError for outputs that
+    are not finite.
+    """
+    read = Options.read(options, mode)
+    _refuse_autocast(gm)
+    try:
+        graph = bind(gm, example_inputs)
+        images = _open(read, graph.shape)
+        with torch._guards.tracing(None), torch.no_grad():
+            module, report = _compile(graph, images, read)
+    except UncalibratableError as error:
+        if read.strict:
+            raise RefusedLayerError(f"a graph would stay in floating point: {error}") from error
+        _warn(f"a graph is returned as it was: {error}")
+        return gm.forward
+    _warn_of_gradients(example_inputs)
+    logger.info(
+        "%d of %d layers quantized, SNR %.2f dB on %s",
+        len(report.quantized),
+        len(report.layers),
+        report.logits_snr_db,
+        report.snr_data,
+    )
+    run = _inner(module, example_inputs[graph.index], read.inner)
+    return CompiledGraph(module, run, graph.index, report)
+
+
+class CompiledGraph:
+    """What Dynamo calls: its flat inputs in, a tuple of outputs out.
+
+    graph_module: images -> a tuple of tensors, with the quantized constants as buffers. report:
+    what became of every layer.
+    """
+
+    def __init__(
+        self,
+        graph_module: fx.GraphModule,
+        run: Callable[[Tensor], Sequence[Tensor]],
+        index: int,
+        report: Report,
+    ) -> None:
+        self.graph_module, self.report = graph_module, report
+        self._run, self._index = run, index
+
+    def __call__(self, *inputs: Any) -> tuple[Tensor, ...]:
+        """The graph's outputs; of the inputs only the images are read."""
+        with torch.no_grad():
+            return tuple(self._run(inputs[self._index]))
+
+
+# Options
+
+
+def _preset(name: str) -> QuantConfig:
+    if name not in PRESETS:
+        raise UsageError(f"there is no preset {name!r}: presets are {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def _check(options: Options) -> None:
+    source = options.calibration
+    if not isinstance(options.config, QuantConfig):
+        raise UsageError(
+            f"config must be a QuantConfig or the name of a preset, got {options.config!r}"
+        )
+    if options.inner not in typing.get_args(Inner):
+        raise UsageError(f"inner must be inductor or eager, got {options.inner!r}")
+    if options.preprocessing is not None and not isinstance(options.preprocessing, Preprocessing):
+        raise UsageError(f"preprocessing must be a Preprocessing, got {options.preprocessing!r}")
+    if not isinstance(options.strict, bool):
+        raise UsageError(f"strict must be True or False, got {options.strict!r}")
+    for name in ("images", "batch_size"):
+        value = getattr(options, name)
+        if value is not None and (type(value) is not int or value < 1):
+            raise UsageError(f"{name} must be a whole number of at least 1, got {value!r}")
+    if isinstance(source, Tensor):
+        if source.dtype != torch.float32 or source.dim() < 2 or not len(source):
+            raise UsageError(
+                "a calibration tensor must be fp32 images (n, C, H, W), "
+                f"got {source.dtype} {tuple(source.shape)}"
+            )
+    elif not isinstance(source, (str, os.PathLike)) and not hasattr(source, "batches"):
+        raise UsageError(f"calibration must be a tensor, a path or 'noise', got {source!r}")
+    if options.images is not None and not isinstance(source, (str, os.PathLike)):
+        raise UsageError("images limits a path or noise: pass fewer calibration images instead")
+
+
+def _open(options: Options, shape: tuple[int, ...]) -> Images:
+    """The calibration images. Raises UncalibratableError if the graph takes something else."""
+    source = options.calibration
+    if isinstance(source, Tensor):
+        images: Images = TensorImages(source.detach().cpu())
+    elif not isinstance(source, (str, os.PathLike)):
+        images = source
+    else:
+        images = _open_path(source, options, shape)
+    found = next(iter(images.batches(1))).shape
+    if found[1:] != shape[1:]:
+        raise UncalibratableError(
+            f"its input has shape {_shown(shape)}, the calibration images {_shown(found)}, "
+            "so it is no image of theirs"
+        )
+    return images
+
+
+def _open_path(source: str | os.PathLike[str], options: Options, shape: tuple[int, ...]) -> Images:
+    if len(shape) != 4 or shape[1] not in (1, 3) or shape[2] != shape[3]:
+        raise UncalibratableError(
+            f"its input has shape {_shown(shape)}, no square image of 1 or 3 channels"
+        )
+    preprocessing = options.preprocessing or default_preprocessing(shape[1], shape[2])
+    limit, seed = options.images or _IMAGES, options.config.seed
+    if source == "noise":
+        return noise_images(preprocessing, limit, seed)
+    return open_images(os.fspath(source), preprocessing, limit=limit, seed=seed)
+
+
+def _shown(shape: Sequence[int]) -> str:
+    return f"({', '.join(['B', *(str(size) for size in shape[1:])])})"
+
+
+# The pipeline
+
+
+def _compile(graph: ImageGraph, images: Images, options: Options) -> tuple[fx.GraphModule, Report]:
+    """The road of compile(). Raises UncalibratableError if nothing is to be quantized."""
+    report = Report(config=options.config.to_dict())
+    example = torch.zeros(graph.shape)
+    with timed(report, "capture"):
+        if graph.dynamic:
+            captured = capture(graph.module, example)
+        else:
+            captured = free_batch(graph.module, _some(images, graph.shape[0]))
+        _refuse_training(captured)
+        plan = prepare(captured, options.config)
+    if all(row.status == "skipped" for row in plan.rows):
+        if options.strict:
+            refuse_skipped(plan.rows)
+        raise NothingToQuantizeError(_why_nothing(plan.rows))
+    program = quantize(
+        captured,
+        plan,
+        example,
+        options.config,
+        report,
+        calibration=images,
+        strict=options.strict,
+        batch_size=options.batch_size,
+    )
+    if graph.device.type != "cpu":
+        program = torch.export.passes.move_to_device_pass(program, graph.device)
+    return _flat(program), report
+
+
+class NothingToQuantizeError(UncalibratableError):
+    """No layer of the graph is quantized by the recipe and the configuration."""
+
+
+def _some(images: Images, count: int) -> Tensor:
+    """(count, ...) of the images, the first ones, from the start again if they are fewer."""
+    found = next(iter(images.batches(count)))
+    times = -(-count // len(found))
+    return torch.cat([found] * times)[:count]
+
+
+def _why_nothing(rows: Sequence[LayerRow]) -> str:
+    if not rows:
+        return "nothing to quantize: it has no linear layer, convolution or selective scan"
+    reasons = list(dict.fromkeys(f"{row.name}: {row.reason}" for row in rows))
+    more = f", and {len(reasons) - 3} more" if len(reasons) > 3 else ""
+    return f"nothing to quantize: {'; '.join(islice(reasons, 3))}{more}"
+
+
+def _flat(program: torch.export.ExportedProgram) -> fx.GraphModule:
+    """The program as a module: images -> a tuple of tensors."""
+    module = program.module(check_guards=False)
+    assert isinstance(module, fx.GraphModule)
+    graph = fx.Graph()
+    output: Any = graph.graph_copy(module.graph, {})
+    graph.output(tuple(output) if isinstance(output, (tuple, list)) else (output,))
+    return fx.GraphModule(module, graph)
+
+
+def _inner(module: fx.GraphModule, example: Tensor, inner: Inner) -> Callable[..., Any]:
+    """What runs the graph between our ops, which stay calls."""
+    if inner == "eager" or not _inductor_can_compile(example.device):
+        return module
+    from torch._inductor.compile_fx import compile_fx
+
+    with torch.no_grad():
+        run: Any = compile_fx(module, [example])
+    return lambda image: run(image)
+
+
+def _inductor_can_compile(device: torch.device) -> bool:
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    if device.type != "cpu":
+        return True
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        reason = str(error).strip().splitlines()[0]
+        _warn(f"the graph runs without Inductor, which needs a C++ compiler: {reason}")
+        return False
+    return True
+
+
+# Refusals and warnings
+
+
+def _refuse_autocast(gm: fx.GraphModule) -> None:
+    """Autocast leaves no casts in the graph, so it would be lost."""
+    entered = any(node.target is torch.amp.autocast_mode._enter_autocast for node in gm.graph.nodes)
+    if entered or any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")):
+        raise UsageError(
+            "ouro compiles fp32 models, and autocast is on: run the compiled model outside of it"
+        )
+
+
+def _refuse_training(gm: fx.GraphModule) -> None:
+    for node in gm.graph.nodes:
+        if not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        names = [arg.name for arg in node.target._schema.arguments]
+        values = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+        flags = [values[name] for name in ("train", "training") if name in values]
+        random = torch.Tag.nondeterministic_seeded in node.target.tags
+        if values.get("p") == 0 or not (any(flags) or (random and not flags)):
+            continue
+        raise UsageError(
+            f"the model is in training mode, or draws random numbers ({node.target}): "
+            "call model.eval()"
+        )
+
+
+def _warn_of_gradients(example_inputs: Sequence[Any]) -> None:
+    wanted = any(isinstance(one, Tensor) and one.requires_grad for one in example_inputs)
+    if wanted and torch.is_grad_enabled():
+        _warn("no gradients flow through a quantized graph: run it under torch.no_grad()")
+
+
+def _warn(message: str) -> None:
+    warnings.warn(f"ouro: {message}", stacklevel=3)
