@@ -20,7 +20,7 @@ from ouro_compiler.compiler import Images, prepare, quantize, refuse_skipped, ti
 from ouro_compiler.errors import RefusedLayerError, UsageError
 from ouro_compiler.frontend.batch import free_batch
 from ouro_compiler.frontend.capture import capture
-from ouro_compiler.frontend.dynamo import ImageGraph, UncalibratableError, bind
+from ouro_compiler.frontend.dynamo import ImageGraph, UncalibratableError, bind, refuse_training
 from ouro_compiler.report import LayerRow, Report
 
 logger = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ def _compile(graph: ImageGraph, images: Images, options: Options) -> tuple[fx.Gr
             captured = capture(graph.module, example)
         else:
             captured = free_batch(graph.module, some_images(images, graph.shape[0]))
-        _refuse_training(captured)
+        refuse_training(captured)
         plan = prepare(captured, options.config)
     if all(row.status == "skipped" for row in plan.rows):
         if options.strict:
@@ -180,22 +180,6 @@ def _refuse_autocast(gm: fx.GraphModule) -> None:
     if entered or any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")):
         raise UsageError(
             "ouro compiles fp32 models, and autocast is on: run the compiled model outside of it"
-        )
-
-
-def _refuse_training(gm: fx.GraphModule) -> None:
-    for node in gm.graph.nodes:
-        if not isinstance(node.target, torch._ops.OpOverload):
-            continue
-        names = [arg.name for arg in node.target._schema.arguments]
-        values = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-        flags = [values[name] for name in ("train", "training") if name in values]
-        random = torch.Tag.nondeterministic_seeded in node.target.tags
-        if values.get("p") == 0 or not (any(flags) or (random and not flags)):
-            continue
-        raise UsageError(
-            f"the model is in training mode, or draws random numbers ({node.target}): "
-            "call model.eval()"
         )
 
 

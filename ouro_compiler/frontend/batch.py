@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from ouro_compiler.errors import ModelError
 from ouro_compiler.frontend.capture import capture, export
-from ouro_compiler.frontend.dynamo import UncalibratableError
+from ouro_compiler.frontend.dynamo import UncalibratableError, refuse_training
 from ouro_compiler.graph import aten, insert_call, value_of
 
 _VIEWS = frozenset({aten.view.default, aten.reshape.default, aten._unsafe_view.default})
@@ -34,11 +34,13 @@ def free_batch(module: fx.GraphModule, images: Tensor) -> fx.GraphModule:
     module: images (B, ...) -> a tensor, or a tuple of several, each with B first. images: of that
     B, what the result is tried on. Sizes that hold B are read off the images instead, and the
     result is compared on a batch of 2 B with two batches of B: a graph that cannot be freed in this
-    way is refused, with UncalibratableError. Raises ModelError for what torch.export cannot trace.
+    way is refused, with UncalibratableError. Raises ModelError for what torch.export cannot trace,
+    and UsageError for a model in training mode.
     """
     batch = images.shape[0]
     static = export(module, images, static=True).module(check_guards=False)
     assert isinstance(static, fx.GraphModule)
+    refuse_training(static)  # before outputs are compared, which random numbers make differ
     pair = images, images.flip(-1)
     # A module anew, since that of an exported program cannot be set to eval mode.
     freed = fx.GraphModule(static, static.graph)

@@ -251,3 +251,20 @@ def _place_on_cpu(graph: fx.Graph) -> None:
     for node in graph.nodes:
         node.args = fx.node.map_aggregate(node.args, moved)
         node.kwargs = fx.node.map_aggregate(node.kwargs, moved)
+
+
+def refuse_training(gm: fx.GraphModule) -> None:
+    """Raise UsageError for a captured graph in training mode, or one that draws random numbers."""
+    for node in gm.graph.nodes:
+        if not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        names = [arg.name for arg in node.target._schema.arguments]
+        values = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+        flags = [values[name] for name in ("train", "training") if name in values]
+        random = torch.Tag.nondeterministic_seeded in node.target.tags
+        if values.get("p") == 0 or not (any(flags) or (random and not flags)):
+            continue
+        raise UsageError(
+            f"the model is in training mode, or draws random numbers ({node.target}): "
+            "call model.eval()"
+        )
