@@ -19,6 +19,9 @@ from torch._dynamo.exc import BackendCompilerFailed
 import ouro_compiler as ouro
 from ouro_compiler.backend import CompiledGraph
 from ouro_compiler.backend import ouro as backend
+from ouro_compiler.compiler import TensorImages
+from ouro_compiler.config import Preprocessing
+from ouro_compiler.data import noise_images
 from ouro_compiler.frontend.checkpoint import load_model
 from ouro_compiler.models.vim import vim_micro
 from ouro_compiler.runtime.compiled_model import CompiledModel
@@ -390,3 +393,18 @@ def test_training_and_gradients() -> None:
     compiled = torch.compile(trainable, backend=backend, options=options)
     with pytest.warns(UserWarning, match="no gradients flow"):
         assert not compiled(images(2)).requires_grad
+
+
+def test_images_objects_and_noise_are_calibration_too() -> None:
+    """torch compares options with ==, which wrapped tensors answer by identity."""
+    with torch.no_grad():
+        for seed in (0, 1):
+            wrapped = TensorImages(images(16, seed))
+            options = {"calibration": wrapped, "inner": "eager"}
+            found = torch.compile(small_vim(), backend=backend, options=options)(images(2))
+            expected = ouro.compile(small_vim(), images(2), calibration=wrapped)
+            assert torch.equal(found, expected(images(2)))
+    noise = noise_images(Preprocessing(size=28, mean=(0.5,), std=(0.5,)), 4, seed=0)
+    spy = Spy(small_vim(), options={"calibration": "noise", "images": 4})
+    expected = ouro.compile(small_vim(), images(2), calibration=noise)
+    assert torch.equal(spy(images(2)), expected(images(2)))
