@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx, nn
@@ -41,7 +41,7 @@ class Images(Protocol):
     def batches(self, size: int) -> Iterator[Tensor]: ...
 
 
-class _TensorImages:
+class TensorImages:
     """A tensor (n, C, H, W) as Images."""
 
     labels: Tensor | None = None
@@ -80,39 +80,25 @@ def compile(
     """
     if calibration is None:
         raise UsageError("calibration images are needed: pass calibration=")
-    images = _TensorImages(calibration) if isinstance(calibration, Tensor) else calibration
+    images = TensorImages(calibration) if isinstance(calibration, Tensor) else calibration
     example = example_inputs[0] if isinstance(example_inputs, tuple) else example_inputs
     report = Report(config=config.to_dict())
-    with _timed(report, "capture"):
+    with timed(report, "capture"):
         gm = capture(model, example)
-        run_passes(gm, NORMALIZE, PassContext(config=config))
-        before = bytes_by_part(gm, as_half=True)
-        plan = RECIPES[config.recipe](gm, config)
-    with _timed(report, "reference"):
-        measured = verify or images
-        name = "verifying: floating point" if verify else "measuring: floating point"
-        logits = _run(gm, measured, batch_size, name, progress)
-    with _timed(report, "calibrate"):
-        table = calibrate(
-            gm,
-            plan.sites,
-            config.activations,
-            lambda: images.batches(batch_size),
-            len(images),
-            progress,
-        )
-    with _timed(report, "quantize"):
-        run_passes(gm, QUANTIZE, PassContext(config=config, sites=plan.sites, table=table))
-        report.layers = plan.rows
-        report.kernels, report.notes = lower(gm, plan.rows, target or "cpu")
-        if strict:
-            _refuse_skipped(report)
-        program = export(gm, example)
-        _fill_bytes(report, before, bytes_by_part(gm))
-    with _timed(report, "measure"):
-        counter = _measure(program, report, measured, logits, batch_size, progress)
-        report.sites = _site_rows(plan.sites, table, config, counter.shares())
-        report.snr_data = measured.description
+        plan = prepare(gm, config)
+    program = quantize(
+        gm,
+        plan,
+        example,
+        config,
+        report,
+        calibration=images,
+        verify=verify,
+        target=target or "cpu",
+        strict=strict,
+        batch_size=batch_size,
+        progress=progress,
+    )
     manifest = build_manifest(
         program,
         config=config.to_dict(),
@@ -127,6 +113,62 @@ def compile(
     return compiled
 
 
+def prepare(gm: fx.GraphModule, config: QuantConfig) -> ouromamba.Plan:
+    """Normalise a captured graph in place, and plan what the recipe does with each layer."""
+    run_passes(gm, NORMALIZE, PassContext(config=config))
+    return RECIPES[config.recipe](gm, config)
+
+
+def quantize(
+    gm: fx.GraphModule,
+    plan: ouromamba.Plan,
+    example: Tensor,
+    config: QuantConfig,
+    report: Report,
+    *,
+    calibration: Images,
+    verify: Images | None = None,
+    target: Target = "cpu",
+    strict: bool = False,
+    batch_size: int = 32,
+    progress: Progress | None = None,
+) -> torch.export.ExportedProgram:
+    """Calibrate, quantize, lower and measure a prepared graph, filling the report.
+
+    gm and plan: what `prepare` left, edited in place. example: one batch (B, C, H, W). The other
+    arguments are those of compile(). Of a graph with several outputs the first is measured.
+    Raises UsageError for images that are not finite, RefusedLayerError under strict, and
+    VerificationError for outputs that are not finite.
+    """
+    before = bytes_by_part(gm, as_half=True)
+    with timed(report, "reference"):
+        measured = verify or calibration
+        name = "verifying: floating point" if verify else "measuring: floating point"
+        logits = _run(gm, measured, batch_size, name, progress)
+    with timed(report, "calibrate"):
+        table = calibrate(
+            gm,
+            plan.sites,
+            config.activations,
+            lambda: calibration.batches(batch_size),
+            len(calibration),
+            progress,
+        )
+    with timed(report, "quantize"):
+        run_passes(gm, QUANTIZE, PassContext(config=config, sites=plan.sites, table=table))
+        report.layers = plan.rows
+        report.kernels, report.notes = lower(gm, plan.rows, target)
+        if strict:
+            refuse_skipped(report.layers)
+        program = export(gm, example)
+        _fill_bytes(report, before, bytes_by_part(gm))
+    with timed(report, "measure"):
+        counter = _measure(program, report, measured, logits, batch_size, progress)
+        report.sites = _site_rows(plan.sites, table, config, counter.shares())
+        report.snr_data = measured.description
+    return program
+
+
 def plan_layers(
     model: nn.Module | torch.export.ExportedProgram,
     example: Tensor,
@@ -135,12 +177,10 @@ def plan_layers(
     strict: bool = False,
 ) -> list[LayerRow]:
     """What compile() would do with each layer, without images: the command's --dry-run."""
-    gm = capture(model, example)
-    run_passes(gm, NORMALIZE, PassContext(config=config))
-    report = Report(config=config.to_dict(), layers=RECIPES[config.recipe](gm, config).rows)
+    rows = prepare(capture(model, example), config).rows
     if strict:
-        _refuse_skipped(report)
-    return report.layers
+        refuse_skipped(rows)
+    return rows
 
 
 def graph_after(
@@ -174,7 +214,7 @@ def graph_after(
 
 
 def _run(
-    model: Callable[[Tensor], Tensor],
+    model: Callable[[Tensor], Any],
     images: Images,
     batch_size: int,
     stage: str,
@@ -184,7 +224,11 @@ def _run(
         if progress is not None:
             progress(stage, done, len(images))
 
-    return run_batches(model, images.batches(batch_size), on_batch)
+    def first_output(batch: Tensor) -> Tensor:
+        outputs = model(batch)
+        return outputs if isinstance(outputs, Tensor) else outputs[0]
+
+    return run_batches(first_output, images.batches(batch_size), on_batch)
 
 
 def _measure(
@@ -240,14 +284,16 @@ def _fill_bytes(report: Report, before: dict[str, int], stored: dict[str, int]) 
 
 
 @contextmanager
-def _timed(report: Report, stage: str) -> Iterator[None]:
+def timed(report: Report, stage: str) -> Iterator[None]:
+    """Note the seconds that a stage takes."""
     start = time.perf_counter()
     yield
     report.seconds[stage] = round(time.perf_counter() - start, 3)
 
 
-def _refuse_skipped(report: Report) -> None:
-    refused = [row for row in report.skipped if row.selected]
+def refuse_skipped(rows: Sequence[LayerRow]) -> None:
+    """Raise RefusedLayerError if a layer that the recipe selected stays in floating point."""
+    refused = [row for row in rows if row.status == "skipped" and row.selected]
     if refused:
         raise RefusedLayerError(
             f"{len(refused)} selected layers would stay in floating point, the first is "

@@ -39,6 +39,8 @@ ALLOWED = {
     | {"data", "models", "calibration", "passes", "recipes", "sizes", "runtime", "lowering"}
     | {"frontend", "evaluation", "inspection", "kernels"},
 }
+ALLOWED["backend_options"] = LEAVES | {"compiler", "data", "frontend"}
+ALLOWED["backend"] = LEAVES | {"backend_options", "compiler", "frontend"}
 EVERYTHING = set(ALLOWED)
 ALLOWED["cli"] = EVERYTHING
 # Written as ouro_compiler.__version__ in the manifest; the public names of __init__ load lazily.

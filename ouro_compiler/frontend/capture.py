@@ -36,21 +36,24 @@ def capture(model: nn.Module | torch.export.ExportedProgram, example: Tensor) ->
     return gm
 
 
-def export(module: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
+def export(
+    module: nn.Module, example: Tensor, *, static: bool = False
+) -> torch.export.ExportedProgram:
     """torch.export of a module in eval mode that takes one tensor, batch from 1 to MAX_BATCH.
 
-    Raises ModelError if it cannot be traced.
+    static: for batches of the example's size alone. Raises ModelError if it cannot be traced.
     """
-    batch = example if example.shape[0] > 1 else torch.cat((example, example))
-    dynamic = ({0: torch.export.Dim("batch", min=1, max=MAX_BATCH)},)
+    batch = example if static or example.shape[0] > 1 else torch.cat((example, example))
+    dynamic = None if static else ({0: torch.export.Dim("batch", min=1, max=MAX_BATCH)},)
     try:
         # On failure torch prints the whole graph to stderr; the sentence below says what matters.
         with torch.no_grad(), _frozen(module), redirect_stderr(io.StringIO()):
             return torch.export.export(module, (batch,), dynamic_shapes=dynamic, strict=False)
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        batches = f"a batch of {len(batch)}" if static else "a dynamic batch"
         raise ModelError(
-            f"torch.export cannot trace {type(module).__name__} with a dynamic batch: {reason}"
+            f"torch.export cannot trace {type(module).__name__} with {batches}: {reason}"
         ) from error
 
 

@@ -110,7 +110,7 @@ def _load_exported(path: Path) -> LoadedModel:
     with _naming(path):
         if manifest is not None:
             raise ModelError("it is compiled already; `ouro inspect` shows what is in it")
-        preprocessing = _default_preprocessing(*_exported_input(program))
+        preprocessing = default_preprocessing(*_exported_input(program))
         _check_finite(program.state_dict.items())
     for parameter in program.parameters():
         parameter.requires_grad_(False)
@@ -120,7 +120,7 @@ def _load_exported(path: Path) -> LoadedModel:
 def _load_module(path: Path, module: nn.Module) -> LoadedModel:
     module = module.eval().float().requires_grad_(False)
     with _naming(path):
-        preprocessing = _default_preprocessing(*_module_input(module))
+        preprocessing = default_preprocessing(*_module_input(module))
         _check_finite(module.state_dict().items())
     return _loaded(module, path.stem, preprocessing)
 
@@ -162,8 +162,11 @@ def _check_finite(tensors: Iterable[tuple[str, Any]]) -> None:
 # Preprocessing
 
 
-def _default_preprocessing(channels: int, size: int) -> Preprocessing:
-    """ImageNet's, for models that do not say."""
+def default_preprocessing(channels: int, size: int) -> Preprocessing:
+    """For models that do not say: ImageNet's, and for grey images mean and std 0.5.
+
+    Raises ModelError for another number of channels than 1 and 3.
+    """
     if channels == 1:
         return Preprocessing(size=size, mean=(0.5,), std=(0.5,))
     if channels == 3:
@@ -173,7 +176,7 @@ def _default_preprocessing(channels: int, size: int) -> Preprocessing:
 
 def _preprocessing(metadata: Mapping[str, str], size: int, channels: int) -> Preprocessing:
     """From a file's metadata, checked against the model's own input, or the default."""
-    default = _default_preprocessing(channels, size)
+    default = default_preprocessing(channels, size)
     if "preprocessing" not in metadata:
         return default
     try:
