@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -88,6 +89,39 @@ def test_default_output_name_and_quiet(cli: Cli) -> None:
     result = cli("vim.safetensors", "--w8a8", "--calibration", "noise", "--images", "4", "-q")
     assert (result.code, result.out, result.err) == (0, "", "")
     assert Path("vim.w8a8.pt2").is_file()
+
+
+def test_precompile_fills_the_caches_and_says_what_kernels_take(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import triton
+
+    monkeypatch.setenv("OURO_CACHE_DIR", str(tmp_path / "sources"))
+    with triton.knobs.cache.scope():
+        triton.knobs.cache.dir = str(tmp_path / "binaries")
+        args = ("--target", "cuda", "--calibration", "images.npz", "--ssm", "none")
+        result = cli("vim.safetensors", *args, "--precompile", "sm_90", "--report", "r.json")
+    assert result.code == 0, result.err
+    rows = json.loads(Path("r.json").read_text())["precompiled"]
+    sources = {path.name for path in (tmp_path / "sources").rglob("*.py")}
+    assert len(list((tmp_path / "binaries").rglob("*.cubin"))) == len(rows) >= len(sources) > 8
+    assert all(row["arch"] == 90 and row["spills"] == 0 for row in rows)
+    assert {row["digest"][:8] for row in rows} <= set(re.findall(r"\((\w{8})\)", result.out))
+    assert "registers" in result.out
+    manifest = ouro.load("vim.w4a4.pt2").manifest
+    assert "precompiled" not in manifest["report"], "times stay out of the artefact"
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("--precompile", "sm_90"), "needs --target cuda"),
+        (("--precompile", "sm_75", "--target", "cuda"), "sm_75 is no architecture of: sm_80"),
+        (("--precompile", "", "--target", "cuda"), "an empty name is no architecture"),
+    ],
+)
+def test_precompile_refuses_before_any_work(cli: Cli, args: tuple[str, ...], words: str) -> None:
+    refused(cli("vim.safetensors", "--calibration", "images.npz", *args), 2, words)
 
 
 def test_cuda_artefact_needs_no_gpu(cli: Cli) -> None:

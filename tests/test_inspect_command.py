@@ -16,7 +16,7 @@ from ouro_compiler.cli import main
 from ouro_compiler.passes import NORMALIZE, PIPELINE
 from ouro_compiler.passes.base import pass_name
 from tests.dot_grammar import parse_dot
-from tests.models import compiled_vim, small_vim
+from tests.models import compiled_vim, images, small_vim
 
 Inspect = Callable[..., tuple[int, str, str]]
 
@@ -124,3 +124,15 @@ def test_bad_combinations_exit_2(inspect: Inspect, args: tuple[str, ...], words:
     assert err.startswith("error: ")
     assert len(err.strip().splitlines()) == 1
     assert {path.name for path in Path().iterdir()} == {"vim.pt2", "vim.safetensors"}
+
+
+def test_kernels_of_a_cuda_artefact(inspect: Inspect) -> None:
+    example = images(2)
+    ouro.compile(small_vim(), example, calibration=images(), target="cuda").save("cuda.pt2")
+    code, out, _ = inspect("cuda.pt2", "--format", "json")
+    assert code == 0
+    kernels = {row["op"]: row["kernel"] for row in json.loads(out)["nodes"]}
+    assert kernels["ouro.add_norm_quantize"] == "add_norm_quantize 4/8"
+    assert kernels["ouro.linear_dynamic_outlier"].startswith("linear_dynamic_outlier int4 o8")
+    assert kernels["ouro.dequantize_weight"] == "reference"
+    assert kernels["aten.conv2d"] == "aten"

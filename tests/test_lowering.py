@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+import ouro_compiler as ouro
 from ouro_compiler.graph import add_constant, get_constant, is_op
+from ouro_compiler.kernels.cuda import IMPLEMENTATIONS
+from ouro_compiler.kernels.launch import record_launches
+from ouro_compiler.kernels.plan import distinct_launches, plan_kernels
 from ouro_compiler.lowering import weights  # noqa: F401  (registers its rules)
 from ouro_compiler.lowering.lower import lower
 from ouro_compiler.lowering.registry import RULES, LoweringRule, register
 from ouro_compiler.lowering.storage import store_as_half
 from ouro_compiler.report import LayerRow
+from ouro_compiler.runtime.compiled_model import CompiledModel
+from tests.models import images, small_vim
 
 WEIGHT = torch.ops.ouro.dequantize_weight.default
 
@@ -92,3 +101,69 @@ def test_storage_casts_back_and_keeps_what_half_cannot_hold() -> None:
     casts = [node for node in gm.graph.nodes if is_op(node, torch.ops.aten.to.dtype)]
     assert {str(node.args[0].target) for node in casts} == {"bias", "other.inlier_scale"}  # type: ignore[union-attr]
     assert all(get_constant(gm, node.args[0]) is not None for node in casts)
+
+
+# --- kernels
+
+
+def test_report_names_the_kernel_of_every_op() -> None:
+    rows = {target: compiled_for(target).report["kernels"] for target in ("cpu", "cuda")}
+    nodes = {target: sum(row["nodes"] for row in rows[target]) for target in rows}
+    assert nodes["cpu"] == nodes["cuda"] == 31
+    assert {row["kernel"] for row in rows["cpu"]} == {"reference"}
+    references = {row["op"]: row["reason"] for row in rows["cuda"] if row["kernel"] == "reference"}
+    reason = "no kernel is generated for this operator"
+    assert references == {"dequantize_weight": reason, "add_norm": reason}
+
+
+def test_layers_name_their_kernel() -> None:
+    rows = {row["name"]: row for row in compiled_for("cuda").report["layers"]["rows"]}
+    assert rows["layers.0.mixer.in_proj"]["kernel"] == "linear_dynamic_outlier int4 o8"
+    assert rows["layers.0.mixer.dt_proj_b"]["kernel"].endswith("int4 o8 reverse bias")
+    assert rows["layers.0.mixer.selective_scan_reverse"]["kernel"] == "selective_scan reverse"
+    assert rows["head"]["kernel"] is None
+
+
+def test_target_changes_nothing_else() -> None:
+    cpu, cuda = (compiled_for(target) for target in ("cpu", "cuda"))
+    batch = images(3, seed=9)
+    assert torch.equal(cpu(batch), cuda(batch))
+    assert cpu.manifest["constants_sha256"] == cuda.manifest["constants_sha256"]
+
+
+@lru_cache
+def compiled_for(target: str) -> CompiledModel:
+    example = images(2)
+    return ouro.compile(small_vim(), example, calibration=images(), target=target)  # type: ignore[arg-type]
+
+
+def test_plan_of_a_graph() -> None:
+    gm = compiled_for("cuda").graph_module
+    plans = plan_kernels(gm)
+    assert [plan.op for plan in plans] == [plan.op for plan in plan_kernels(gm, batch=5)]
+    specs = [[launch.spec for launch in plan.launches] for plan in plans]
+    again = [[launch.spec for launch in plan.launches] for plan in plan_kernels(gm, batch=5)]
+    assert specs == again, "kernels do not depend on the batch"
+    linears = [plan for plan in plans if plan.op == "linear_dynamic_outlier"]
+    assert all(len(plan.launches) == 2 for plan in linears)
+    distinct = distinct_launches(plans)
+    assert len(distinct) < sum(len(plan.launches) for plan in plans)
+    assert {launch.spec for launch in distinct} == {spec for one in specs for spec in one}
+
+
+def test_a_copy_is_a_row_with_its_reason() -> None:
+    """A product whose residual is a transposed tensor."""
+    with FakeTensorMode(), record_launches() as recording:
+        IMPLEMENTATIONS["linear_dynamic_outlier"].kernel(
+            torch.empty(2, 4, 6, dtype=torch.int8),
+            torch.empty(4),
+            torch.empty(2, 4),
+            torch.empty(2, 1, 6, dtype=torch.uint8),
+            None,
+            torch.empty(5, 6, dtype=torch.int8),
+            torch.empty(5),
+            None,
+            torch.empty(2, 5, 4).transpose(1, 2),
+            *("none", 4, 8, 10, False),
+        )
+    assert recording.copies == ["residual is copied: it is not contiguous"]

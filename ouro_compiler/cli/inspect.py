@@ -22,7 +22,7 @@ class _Subject:
     gm: fx.GraphModule
     header: dict[str, Any]
     shares: dict[str, float | None] = field(default_factory=dict)  # by site
-    kernels: dict[str, str] = field(default_factory=dict)  # by layer
+    kernels: dict[str, str] = field(default_factory=dict)  # by layer, or by node
 
 
 def run(
@@ -67,17 +67,22 @@ def run(
 
 
 def _artefact(path: Path) -> _Subject:
+    from ouro_compiler.kernels.plan import plan_kernels
     from ouro_compiler.runtime.artifact import load
 
     compiled = load(path)
     manifest = compiled.manifest
     report = manifest["report"]
     header = {key: value for key, value in manifest.items() if key != "report"}
+    kernels = {row["name"]: row["kernel"] for row in report["layers"]["rows"] if row["kernel"]}
+    if compiled.target == "cuda":
+        plans = plan_kernels(compiled.graph_module)
+        kernels = {plan.node.name: plan.kernel for plan in plans}
     return _Subject(
         gm=compiled.graph_module,
         header={**header, "report": report},
         shares={row["name"]: row["outlier_share"] for row in report["sites"]},
-        kernels={row["name"]: row["kernel"] for row in report["layers"]["rows"] if row["kernel"]},
+        kernels=kernels,
     )
 
 

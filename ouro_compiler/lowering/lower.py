@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import fx
@@ -17,7 +17,6 @@ from ouro_compiler.report import KernelRow, LayerRow
 
 _LINEAR = torch.ops.ouro.linear_dynamic_outlier.default
 _SCAN = torch.ops.ouro.selective_scan.default
-_CPU = "no kernels are generated for CPUs yet"
 
 
 def lower(
@@ -62,16 +61,29 @@ def kernel_rows(gm: fx.GraphModule, target: Target) -> tuple[list[KernelRow], di
     """What runs the graph's ouro ops on the target: rows by kind, and kernels by layer."""
     rows: dict[tuple[str, str, str | None], KernelRow] = {}
     by_layer: dict[str, str] = {}
-    for plan in plan_kernels(gm):
-        kernel, reasons = plan.kernel, [*([plan.reason] if plan.reason else []), *plan.copies]
-        if target == "cpu":
-            kernel, reasons = "reference", [_CPU]
-        reason = "; ".join(reasons) or None
+    for node, op, kernel, reason in _on_cpu(gm) if target == "cpu" else _on_cuda(gm):
         row = rows.setdefault(
-            (plan.op, kernel, reason), KernelRow(op=plan.op, kernel=kernel, nodes=0, reason=reason)
+            (op, kernel, reason), KernelRow(op=op, kernel=kernel, nodes=0, reason=reason)
         )
         row.nodes += 1
-        layer = plan.node.meta.get("ouro_layer")
-        if layer is not None and is_op(plan.node, _LINEAR, _SCAN):
+        layer = node.meta.get("ouro_layer")
+        if layer is not None and is_op(node, _LINEAR, _SCAN):
             by_layer[layer] = kernel
     return list(rows.values()), by_layer
+
+
+_Served = tuple[fx.Node, str, str, str | None]  # node, op, kernel, reason
+
+
+def _on_cpu(gm: fx.GraphModule) -> Iterator[_Served]:
+    for node in gm.graph.nodes:
+        target = node.target
+        if isinstance(target, torch._ops.OpOverload) and target.namespace == "ouro":
+            name = target._schema.name.removeprefix("ouro::")
+            yield node, name, "reference", "no kernels are generated for CPUs yet"
+
+
+def _on_cuda(gm: fx.GraphModule) -> Iterator[_Served]:
+    for plan in plan_kernels(gm):
+        reasons = [*([plan.reason] if plan.reason else []), *plan.copies]
+        yield plan.node, plan.op, plan.kernel, "; ".join(reasons) or None

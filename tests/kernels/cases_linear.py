@@ -112,7 +112,7 @@ def test_widths_of_the_input(channels: int, packed: bool, device: str) -> None:
 
 
 @pytest.mark.parametrize("outlier_bits", [8, 16])
-def test_batch_invariance(outlier_bits: int, device: str) -> None:
+def test_linear_batch_invariance(outlier_bits: int, device: str) -> None:
     given, _ = problem(10, outlier_bits, True)
     rest = {key: value for key, value in given.items() if key not in ("codes", "x", "residual")}
     batched = [given["codes"], given["outlier_scale"], given["outlier_start"], given["x"]]

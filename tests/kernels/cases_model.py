@@ -18,6 +18,9 @@ from ouro_compiler.graph import is_op
 from ouro_compiler.kernels import launch
 from ouro_compiler.kernels.cuda import ReferenceWarning, register
 from ouro_compiler.ops import QUANTIZERS
+from ouro_compiler.ops.causal_conv1d import causal_conv1d_ref
+from tests.helpers import randn
+from tests.kernels.inputs import on
 from tests.models import compiled_vim, images
 
 CONFIGS = {
@@ -79,3 +82,10 @@ def test_model(name: str, device: str) -> None:
     assert len(differences) == (12 if config.ssm == "params" else 6)
     assert sum(int((one > 0).sum()) for one in differences) <= 2e-3 * total
     assert snr_db(expected, found) > 30
+
+
+def test_what_no_kernel_takes_runs_the_reference_with_a_warning(device: str) -> None:
+    x, weight = randn(1, 2, 6, 5).double(), randn(2, 6, 4).double()
+    with kernels_on(device), pytest.warns(ReferenceWarning, match=r"causal_conv1d.*torch\.float64"):
+        found = torch.ops.ouro.causal_conv1d(*on(device, x, weight))
+    assert torch.equal(found.cpu(), causal_conv1d_ref(x, weight))

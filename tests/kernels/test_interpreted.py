@@ -7,6 +7,7 @@ TRITON_INTERPRET=1 runs one file by hand.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -18,8 +19,12 @@ HERE = Path(__file__).parent
 FILES = sorted(path.name for path in HERE.glob("cases_*.py"))
 
 
-def test_there_are_cases() -> None:
+def test_names_differ_between_files() -> None:
+    """test_gpu.py imports all of them into one module."""
+    texts = [(HERE / file).read_text() for file in FILES]
+    names = [name for text in texts for name in re.findall(r"^def (test_\w+)", text, re.MULTILINE)]
     assert len(FILES) >= 4
+    assert len(names) == len(set(names)) > 20
 
 
 @pytest.mark.parametrize("file", FILES)
