@@ -1,7 +1,8 @@
 """Model files of every format, told by their content, read into tensors by name.
 
 Nothing in a file is executed unless the caller allows pickle: safetensors are data, and torch.save
-files are read with weights_only. Every ModelError here speaks of the file as "it".
+files are read with weights_only, with inert objects where they name classes (`pickles`). Every
+ModelError here speaks of the file as "it".
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ouro_compiler.errors import ModelError
+from ouro_compiler.frontend.pickles import load_inert
 
 FileKind = Literal["safetensors", "torch", "exported"]
 
@@ -81,7 +83,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def read_torch(path: Path, *, allow_pickle: bool) -> object:
-    """What a torch.save file holds, tensors on the CPU.
+    """What a torch.save file holds, tensors on the CPU; objects of unknown classes are inert.
 
     Unpickles in full, which runs code that the file brings, only if that is both allowed and
     needed. Raises ModelError where it is needed but not allowed, and for a damaged file.
@@ -89,6 +91,9 @@ def read_torch(path: Path, *, allow_pickle: bool) -> object:
     try:
         return _torch_load(path, weights_only=True)
     except pickle.UnpicklingError as error:
+        content = _read_inert(path)
+        if content is not None:
+            return content
         if not allow_pickle:
             raise ModelError(
                 "it holds pickled Python objects; pass --allow-pickle only if you trust its author"
@@ -100,6 +105,17 @@ def read_torch(path: Path, *, allow_pickle: bool) -> object:
     except Exception as error:  # the file's own code runs here
         reason = (str(error).strip().splitlines() or [""])[0]
         raise ModelError(f"it cannot be unpickled ({type(error).__name__}: {reason})") from error
+
+
+def _read_inert(path: Path) -> object | None:
+    """A checkpoint's tensors beside objects that do nothing; None if it is no such checkpoint."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            content = load_inert(path)
+    except Exception:  # what it could not read, and damaged bytes
+        return None
+    return content if isinstance(content, Mapping) else None
 
 
 def _torch_load(path: Path, *, weights_only: bool) -> object:
