@@ -36,6 +36,9 @@ def compile_command(
     target: options.TargetOption = options.TargetName.cpu,
     precompile: options.Precompile = None,
     arch: options.Arch = None,
+    model_arg: options.ModelArg = None,
+    checkpoint: options.Checkpoint = None,
+    input_shape: options.InputShape = None,
     include: options.Include = None,
     exclude: options.Exclude = None,
     verify: options.Verify = None,
@@ -51,6 +54,7 @@ def compile_command(
 ) -> None:
     """Compile MODEL into a quantized artefact."""
     from ouro_compiler.cli.compile import CompileRequest, run
+    from ouro_compiler.cli.source import ModelSource
 
     chosen = [
         name for name, on in (("w4a4", w4a4), ("w4a8", w4a8), ("w6a6", w6a6), ("w8a8", w8a8)) if on
@@ -62,7 +66,14 @@ def compile_command(
     _log_passes(verbose)
     run(
         CompileRequest(
-            model=model,
+            source=ModelSource(
+                name=model,
+                arch=arch,
+                arguments=tuple(model_arg or ()),
+                checkpoint=checkpoint,
+                input_shape=input_shape,
+                allow_pickle=allow_pickle,
+            ),
             preset=chosen[0] if chosen else "w4a4",
             output=output,
             calibration=calibration,
@@ -71,7 +82,6 @@ def compile_command(
             outliers=outliers.value,
             target=target.value,
             precompile=precompile,
-            arch=arch,
             include=tuple(include or ("*",)),
             exclude=tuple(exclude or ()),
             verify=verify,
@@ -81,14 +91,13 @@ def compile_command(
             report=report,
             batch_size=batch_size,
             seed=seed,
-            allow_pickle=allow_pickle,
             quiet=quiet,
         )
     )
 
 
 def inspect_command(
-    model: Annotated[Path, typer.Argument(help="an artefact, or a model as for compile")],
+    model: Annotated[str, typer.Argument(help="an artefact, or a model as for compile")],
     format: Annotated[
         options.Format, typer.Option(help="a table, JSON, or the graph for Graphviz or networkx")
     ] = options.Format.text,
@@ -103,20 +112,29 @@ def inspect_command(
     ] = None,
     calibration: Annotated[str, typer.Option(help="images for the quantizing passes")] = "noise",
     arch: options.Arch = None,
+    model_arg: options.ModelArg = None,
+    checkpoint: options.Checkpoint = None,
+    input_shape: options.InputShape = None,
     allow_pickle: options.AllowPickle = False,
 ) -> None:
     """Show the graph of an artefact, or of a model after a pass: bits, kernels, outlier share."""
     from ouro_compiler.cli.inspect import run
+    from ouro_compiler.cli.source import ModelSource
 
     run(
-        model,
+        ModelSource(
+            name=model,
+            arch=arch,
+            arguments=tuple(model_arg or ()),
+            checkpoint=checkpoint,
+            input_shape=input_shape,
+            allow_pickle=allow_pickle,
+        ),
         format=format.value,
         after=after,
         block=block,
         output=output,
         calibration=calibration,
-        arch=arch,
-        allow_pickle=allow_pickle,
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ouro_compiler.cli.console import human_bytes, print_table, progress_bars, write_json
+from ouro_compiler.cli.source import ModelSource
 from ouro_compiler.config import PRESETS, QuantConfig, Target
 from ouro_compiler.errors import OuroError, UsageError, VerificationError
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 class CompileRequest:
     """The command's options, as given."""
 
-    model: Path
+    source: ModelSource
     preset: str
     output: Path | None
     calibration: str | None
@@ -31,7 +32,6 @@ class CompileRequest:
     outliers: Any
     target: Target | Any
     precompile: str | None
-    arch: str | None
     include: tuple[str, ...]
     exclude: tuple[str, ...]
     verify: str | None
@@ -41,7 +41,6 @@ class CompileRequest:
     report: Path | None
     batch_size: int
     seed: int
-    allow_pickle: bool
     quiet: bool
 
     @property
@@ -60,15 +59,13 @@ class CompileRequest:
     @property
     def destination(self) -> Path:
         """Where the artefact goes."""
-        return self.output or Path(f"{self.model.stem}.{self.preset}.pt2")
+        return self.output or Path(f"{self.source.stem}.{self.preset}.pt2")
 
 
 def run(request: CompileRequest) -> None:
     """Do what the command says. Raises OuroError subclasses; nothing is left half-written."""
     _check(request)
-    from ouro_compiler.frontend.checkpoint import load_model
-
-    loaded = load_model(request.model, arch=request.arch, allow_pickle=request.allow_pickle)
+    loaded = request.source.load()
     if request.dry_run:
         _dry_run(request, loaded)
         return
@@ -237,10 +234,8 @@ def _print_result(request: CompileRequest, report: dict[str, Any], *, saved: boo
             "accuracy",
             f"{100 * acc['before']:.2f} % -> {100 * acc['after']:.2f} % on {report['snr_data']}",
         )
-    for row in report["kernels"] if request.target == "cuda" else []:
-        if row["reason"] is not None:
-            label = f"{row['nodes']} {row['op']} run the {row['kernel']}"
-            table.add_row(label, row["reason"])
+    for label, reason in _references(report["kernels"]):
+        table.add_row(label, reason)
     for note in report["notes"]:
         table.add_row("note", note)
     table.add_row("time", f"{sum(report['seconds'].values()):.1f} s")
@@ -265,6 +260,20 @@ def _print_precompiled(rows: list[dict[str, Any]]) -> None:
             f"{row['shared_bytes']} B",
         )
     print_table(table)
+
+
+def _references(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """What runs a reference or copies operands, a line a reason: (which operators, reason)."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["reason"] is not None:
+            found.setdefault((row["kernel"], row["reason"]), []).append(row)
+    lines = []
+    for (kernel, reason), same in found.items():
+        operators = ", ".join(row["op"] for row in same) if len(same) <= 2 else "operators"
+        what = "the reference" if kernel == "reference" else kernel
+        lines.append((f"{sum(row['nodes'] for row in same)} {operators} run {what}", reason))
+    return lines
 
 
 def _skipped(rows: list[dict[str, Any]]) -> dict[tuple[str, str, bool], list[str]]:

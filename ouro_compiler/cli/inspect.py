@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from rich.table import Table
     from torch import fx
 
+    from ouro_compiler.cli.source import ModelSource
+
 _NOISE_IMAGES = 8
 _PIPED_WIDTH = 240  # one line a node, for grep
 
@@ -26,15 +28,13 @@ class _Subject:
 
 
 def run(
-    path: Path,
+    source: ModelSource,
     *,
     format: str,
     after: str | None,
     block: str | None,
     output: Path | None,
     calibration: str,
-    arch: str | None,
-    allow_pickle: bool,
 ) -> None:
     """Show the graph in a format: text, json, dot or graphml. Raises OuroError subclasses."""
     from ouro_compiler.cli.console import print_table, table_text, write_text
@@ -43,12 +43,13 @@ def run(
 
     if output is not None and (output.is_dir() or not output.parent.is_dir()):
         raise UsageError(f"{output} is no file in an existing folder")
+    path = Path(source.name)
     if is_artifact(path):
         if after is not None:
             raise UsageError("--after is for models: an artefact has been through every pass")
         subject = _artefact(path)
     else:
-        gm, name = _graph_of_model(path, after, calibration, arch, allow_pickle)
+        gm, name = _graph_of_model(source, after, calibration)
         subject = _Subject(gm=gm, header={"after": name})
     if format == "text":
         table = _table(_rows(subject, block))
@@ -87,13 +88,12 @@ def _artefact(path: Path) -> _Subject:
 
 
 def _graph_of_model(
-    path: Path, after: str | None, calibration: str, arch: str | None, allow_pickle: bool
+    source: ModelSource, after: str | None, calibration: str
 ) -> tuple[fx.GraphModule, str]:
     from ouro_compiler.compiler import graph_after
     from ouro_compiler.data import noise_images, open_images
-    from ouro_compiler.frontend.checkpoint import load_model
 
-    loaded = load_model(path, arch=arch, allow_pickle=allow_pickle)
+    loaded = source.load()
     if calibration == "noise":
         images = noise_images(loaded.preprocessing, _NOISE_IMAGES, 0)
     else:

@@ -41,8 +41,16 @@ class Format(str, Enum):
 
 
 ModelArgument = Annotated[
-    Path, typer.Argument(help="Vim state_dict (.pth, .pt, .safetensors) or torch.export .pt2")
+    str,
+    typer.Argument(
+        help="state_dict (.pth, .pt, .safetensors), torch.export .pt2, or package.module:function"
+    ),
 ]
+ModelArg = Annotated[
+    list[str] | None, typer.Option(help="of a function: name=value, as often as needed")
+]
+Checkpoint = Annotated[Path | None, typer.Option(help="of a function: weights to load")]
+InputShape = Annotated[str | None, typer.Option(help="of a function: CxHxW, such as 1x28x28")]
 W4a4 = Annotated[bool, typer.Option("--w4a4", help="4-bit weights and activations")]
 W4a8 = Annotated[bool, typer.Option("--w4a8", help="4-bit weights, 8-bit activations")]
 W6a6 = Annotated[bool, typer.Option("--w6a6", help="6-bit weights and activations")]

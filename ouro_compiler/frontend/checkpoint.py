@@ -99,8 +99,8 @@ def _load_vim(
     # Popped, so that a large model is not in memory twice.
     weights = {key: _own(state.pop(key)) for key in list(state)}
     module.load_state_dict(weights, strict=True, assign=True)
-    _check_finite(weights.items())
-    return _loaded(module.eval().requires_grad_(False), name, preprocessing)
+    check_finite(weights.items())
+    return loaded_model(module.eval().requires_grad_(False), name, preprocessing)
 
 
 def _load_exported(path: Path) -> LoadedModel:
@@ -111,23 +111,24 @@ def _load_exported(path: Path) -> LoadedModel:
         if manifest is not None:
             raise ModelError("it is compiled already; `ouro inspect` shows what is in it")
         preprocessing = default_preprocessing(*_exported_input(program))
-        _check_finite(program.state_dict.items())
+        check_finite(program.state_dict.items())
     for parameter in program.parameters():
         parameter.requires_grad_(False)
-    return _loaded(program, path.stem, preprocessing)
+    return loaded_model(program, path.stem, preprocessing)
 
 
 def _load_module(path: Path, module: nn.Module) -> LoadedModel:
     module = module.eval().float().requires_grad_(False)
     with _naming(path):
-        preprocessing = default_preprocessing(*_module_input(module))
-        _check_finite(module.state_dict().items())
-    return _loaded(module, path.stem, preprocessing)
+        preprocessing = default_preprocessing(*module_input(module))
+        check_finite(module.state_dict().items())
+    return loaded_model(module, path.stem, preprocessing)
 
 
-def _loaded(
+def loaded_model(
     module: nn.Module | torch.export.ExportedProgram, name: str, preprocessing: Preprocessing
 ) -> LoadedModel:
+    """A LoadedModel with its example: two images of normal noise, the same each time."""
     shape = (2, preprocessing.channels, preprocessing.size, preprocessing.size)
     example = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     return LoadedModel(module=module, name=name, preprocessing=preprocessing, example=example)
@@ -152,7 +153,8 @@ def _own(tensor: Tensor) -> Tensor:
     return tensor.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
 
-def _check_finite(tensors: Iterable[tuple[str, Any]]) -> None:
+def check_finite(tensors: Iterable[tuple[str, Any]]) -> None:
+    """Raises ModelError for the first tensor that holds NaN or infinite values."""
     for name, tensor in tensors:
         floating = isinstance(tensor, Tensor) and tensor.is_floating_point()
         if floating and not torch.isfinite(tensor.float()).all():
@@ -234,8 +236,8 @@ def _exported_input(program: torch.export.ExportedProgram) -> tuple[int, int]:
     return channels, height
 
 
-def _module_input(module: nn.Module) -> tuple[int, int]:
-    """From the attributes that model code commonly has, else 3 channels and 224 pixels."""
+def module_input(module: nn.Module) -> tuple[int, int]:
+    """(channels, side) from attributes that model code commonly has, else 3 and 224."""
     described = getattr(module, "default_cfg", None)
     shape = described.get("input_size") if isinstance(described, Mapping) else None
     if not isinstance(shape, (list, tuple)) or len(shape) != 3:

@@ -54,7 +54,10 @@ def record_launches() -> Iterator[Recording]:
 
 
 def launch(spec: KernelSpec, grid: tuple[int, int, int], *args: Any) -> None:
-    """Launch on the current stream of the first tensor's device, or record."""
+    """Launch on the current stream of the first tensor's device, or record.
+
+    The batch goes into the grid's first dimension: the others end at 65,535.
+    """
     recording = _RECORDING.get()
     if recording is not None:
         recording.launches.append(Launch(spec=spec, grid=grid, args=args))

@@ -105,15 +105,15 @@ def _driver_for(arch: int) -> Iterator[None]:
 
 def _resources(compiled: Any, arch: int, seconds: float) -> Resources:
     ptx = compiled.asm["ptx"]
-    usage, sass = _disassemble(compiled.asm["cubin"])
-    instructions = parse_sass(sass)
+    text = _disassemble(compiled.asm["cubin"])
+    instructions = parse_sass(text)
     names = Counter(name.split(".")[0] for _, name, _ in instructions)
     matrix = re.search(r"\b(?:wgmma\.mma_async|mma)\.sync\.aligned\.[\w.]+", ptx)
     return Resources(
         arch=arch,
         seconds=round(seconds, 3),
-        registers=_figure(usage, "REG"),
-        stack_bytes=_figure(usage, "STACK"),
+        registers=_figure(text, "REG"),
+        stack_bytes=_figure(text, "STACK"),
         spills=names["STL"] + names["LDL"],
         shared_bytes=int(compiled.metadata.shared),
         instructions=len(instructions),
@@ -124,27 +124,22 @@ def _resources(compiled: Any, arch: int, seconds: float) -> Resources:
     )
 
 
-def _disassemble(cubin: bytes) -> tuple[str, str]:
-    """(resource usage, SASS) from the tools inside the triton package."""
+def _disassemble(cubin: bytes) -> str:
+    """Resource usage and SASS, from the tool inside the triton package."""
     import triton.backends.nvidia
 
     tool = Path(triton.backends.nvidia.__path__[0]) / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        texts = [
-            subprocess.run(
-                [str(tool), option, file.name], capture_output=True, text=True, check=True
-            ).stdout
-            for option in ("-res-usage", "-sass")
-        ]
-    return texts[0], texts[1]
+        command = [str(tool), "-res-usage", "-sass", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def _figure(usage: str, name: str) -> int:
-    match = re.search(rf"\b{name}:(\d+)", usage)
+def _figure(text: str, name: str) -> int:
+    match = re.search(rf"\b{name}:(\d+)", text)
     if match is None:
-        raise RuntimeError(f"cuobjdump says nothing of {name}: {usage}")
+        raise RuntimeError(f"cuobjdump says nothing of {name}: {text[:500]}")
     return int(match.group(1))
 
 

@@ -63,7 +63,7 @@ def _check_vectors(name: str, x: Tensor, inlier_scale: Tensor, threshold: Tensor
 
 
 def _grid(start: Tensor) -> tuple[int, int, int]:
-    return (start.shape[1], start.shape[0], 1)
+    return (start.shape[0], start.shape[1], 1)
 
 
 def quantize_dynamic_outlier(

@@ -75,7 +75,7 @@ def selective_scan(
         *C.stride(),
         channels,
     )
-    grid = (-(-in_group // block_d), groups, batch)
+    grid = (batch, groups, -(-in_group // block_d))
     launch(spec, grid, u, delta, A, B, C, *vectors, y, *strides)
     return y
 
@@ -104,6 +104,6 @@ def causal_conv1d(
         num_warps=4,
         num_stages=1,
     )
-    grid = (-(-length // block_l), -(-channels // block_d), batch)
+    grid = (batch, -(-length // block_l), -(-channels // block_d))
     launch(spec, grid, x, contiguous(weight, "weight"), bias, y, *x.stride())
     return y

@@ -11,6 +11,8 @@ import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -27,9 +29,19 @@ def test_names_differ_between_files() -> None:
     assert len(names) == len(set(names)) > 20
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_interpreted(file: str, tmp_path: Path) -> None:
-    report = tmp_path / "report.xml"
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Run]]]:
+    """All files, as many at a time as there are processors."""
+    folder = tmp_path_factory.mktemp("interpreted")
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        yield {file: pool.submit(interpret, file, folder) for file in FILES}
+
+
+Run = tuple["subprocess.CompletedProcess[str]", Path]
+
+
+def interpret(file: str, folder: Path) -> Run:
+    report = folder / f"{file}.xml"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
     result = subprocess.run(
         [*command, f"--junitxml={report}", str(HERE / file)],
@@ -37,12 +49,18 @@ def test_interpreted(file: str, tmp_path: Path) -> None:
         env={
             **os.environ,
             "TRITON_INTERPRET": "1",
-            "OURO_CACHE_DIR": str(tmp_path / "cache"),
-            "OMP_WAIT_POLICY": "PASSIVE",
+            "OURO_CACHE_DIR": str(folder / "cache"),
+            "OMP_NUM_THREADS": "1",
         },
         capture_output=True,
         text=True,
     )
+    return result, report
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_interpreted(file: str, runs: dict[str, Future[Run]]) -> None:
+    result, report = runs[file].result()
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
     counts = ET.parse(report).getroot().find("testsuite")
     assert counts is not None

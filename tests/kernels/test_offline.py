@@ -25,6 +25,7 @@ from ouro_compiler.kernels.offline import (
     parse_architectures,
     parse_sass,
 )
+from ouro_compiler.kernels.spec import KernelSpec, Template
 
 ARCHITECTURES = (80, 89, 90)
 HALF, FULL = torch.float16, torch.float32
@@ -41,9 +42,17 @@ def empty_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+DONE: dict[tuple[KernelSpec, int], Resources] = {}
+
+
 def compiled(launches: list[Launch], arch: int) -> list[Resources]:
-    """Compile, and check what holds for every kernel."""
-    found = [compile_ahead(launch, arch) for launch in launches]
+    """Compile each list of columns once; check what holds for every kernel."""
+    found = []
+    for launch in launches:
+        key = launch.spec, arch
+        if launch.spec.template is not Template.OUTLIER_COLUMNS or key not in DONE:
+            DONE[key] = compile_ahead(launch, arch)
+        found.append(DONE[key])
     for launch, one in zip(launches, found, strict=True):
         assert (one.spills, one.stack_bytes) == (0, 0), (launch.spec.label, one)
     return found
@@ -89,11 +98,11 @@ def test_linear_with_every_epilogue(arch: int) -> None:
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize(("inputs", "outputs"), [(384, 768), (768, 3072), (384, 44)])
-def test_linear_with_fp32_outliers(inputs: int, outputs: int, arch: int) -> None:
-    for packed in (True, False):
+@pytest.mark.parametrize("packed", [True, False])
+def test_linear_with_fp32_outliers(packed: bool, arch: int) -> None:
+    for shape in ((384, 768), (384, 44)):
         options = {"packed": packed, "outlier_bits": 16, "dtype": FULL, "residual": True}
-        launches = recorded(lambda options=options: linear_case(inputs, outputs, **options))  # type: ignore[misc]
+        launches = recorded(lambda shape=shape, options=options: linear_case(*shape, **options))  # type: ignore[misc]
         assert compiled(launches, arch)[1].registers <= 224
 
 

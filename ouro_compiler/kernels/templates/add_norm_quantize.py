@@ -33,8 +33,8 @@ def add_norm_quantize_kernel(
     NEVER: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    window = tl.program_id(0)
-    sample = tl.program_id(1).to(tl.int64)
+    sample = tl.program_id(0).to(tl.int64)
+    window = tl.program_id(1)
     offs_k = tl.arange(0, BLOCK_K)
     mask = offs_k < COLUMNS
     weight = tl.load(weight_ptr + offs_k, mask=mask, other=0.0).to(tl.float32)
@@ -71,5 +71,5 @@ def add_norm_quantize_kernel(
         )
         tl.store(codes_ptr + offs, codes, mask=mask)
         tl.store(outlier_scale_ptr + out, outlier_scale)
-    out = (sample * tl.num_programs(0) + window) * COLUMNS + offs_k
+    out = (sample * tl.num_programs(1) + window) * COLUMNS + offs_k
     tl.store(outlier_start_ptr + out, start.to(outlier_start_ptr.dtype.element_ty), mask=mask)

@@ -40,8 +40,8 @@ def gate_sum_quantize_kernel(
     NEVER: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    window = tl.program_id(0)
-    sample = tl.program_id(1).to(tl.int64)
+    sample = tl.program_id(0).to(tl.int64)
+    window = tl.program_id(1)
     offs_k = tl.arange(0, BLOCK_K)
     mask = offs_k < COLUMNS
     start = tl.full((BLOCK_K,), NEVER, tl.int32)
@@ -74,5 +74,5 @@ def gate_sum_quantize_kernel(
         )
         tl.store(codes_ptr + offs, codes, mask=mask)
         tl.store(outlier_scale_ptr + out, outlier_scale)
-    out = (sample * tl.num_programs(0) + window) * COLUMNS + offs_k
+    out = (sample * tl.num_programs(1) + window) * COLUMNS + offs_k
     tl.store(outlier_start_ptr + out, start.to(outlier_start_ptr.dtype.element_ty), mask=mask)

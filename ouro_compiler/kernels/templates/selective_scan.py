@@ -69,9 +69,9 @@ def selective_scan_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    sample = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1).to(tl.int64)
-    sample = tl.program_id(2).to(tl.int64)
-    in_group = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    in_group = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = in_group < CHANNELS
     offs_d = group * CHANNELS + in_group
     offs_n = tl.arange(0, BLOCK_N)
