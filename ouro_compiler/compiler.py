@@ -115,8 +115,11 @@ def compile(
 
 def prepare(gm: fx.GraphModule, config: QuantConfig) -> ouromamba.Plan:
     """Normalise a captured graph in place, and plan what the recipe does with each layer."""
-    run_passes(gm, NORMALIZE, PassContext(config=config))
-    return RECIPES[config.recipe](gm, config)
+    context = PassContext(config=config)
+    run_passes(gm, NORMALIZE, context)
+    plan = RECIPES[config.recipe](gm, config)
+    plan.notes = context.notes
+    return plan
 
 
 def quantize(
@@ -157,7 +160,8 @@ def quantize(
     with timed(report, "quantize"):
         run_passes(gm, QUANTIZE, PassContext(config=config, sites=plan.sites, table=table))
         report.layers = plan.rows
-        report.kernels, report.notes = lower(gm, plan.rows, target)
+        report.kernels, notes = lower(gm, plan.rows, target)
+        report.notes = [*plan.notes, *notes]
         if strict:
             refuse_skipped(report.layers)
         program = export(gm, example)

@@ -28,6 +28,7 @@ class PassContext:
     config: QuantConfig = field(default_factory=QuantConfig)
     sites: Sequence[Site] = ()
     table: CalibrationTable = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)  # for the report; passes add to it
 
 
 Pass = Callable[[fx.GraphModule, PassContext], bool]

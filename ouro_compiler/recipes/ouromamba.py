@@ -58,12 +58,13 @@ _CARRIERS = (
 class Plan:
     """What a recipe chose: sites to calibrate, and a row for every linear, conv and scan.
 
-    nodes: the node behind each row, by the row's name.
+    nodes: the node behind each row, by the row's name. notes: what normalising passes had to say.
     """
 
     sites: list[Site] = field(default_factory=list)
     rows: list[LayerRow] = field(default_factory=list)
     nodes: dict[str, fx.Node] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 def plan(gm: fx.GraphModule, config: QuantConfig) -> Plan:

@@ -111,6 +111,18 @@ def test_widths_of_the_input(channels: int, packed: bool, device: str) -> None:
     assert_close(found.cpu(), linear_dynamic_outlier_ref(*args, *ints), 3e-6)
 
 
+def test_windows_of_more_than_255_tokens(device: str) -> None:
+    x, scale, threshold = activation(2, (1, 300, 33), 2)
+    ints = (4, 8, 1000, True)
+    codes, outlier_scale, start = quantize_dynamic_outlier_ref(x, scale, None, threshold, *ints)
+    assert start.dtype == torch.int32
+    weight = torch.randint(-7, 8, (20, 33), generator=generator(1)).to(torch.int8)
+    args = (codes, scale, outlier_scale, start, None, pack_int4_ref(weight), torch.rand(20))
+    found = linear_dynamic_outlier(*on(device, *args), None, None, "none", *ints)
+    expected = linear_dynamic_outlier_ref(*args, None, None, "none", *ints)
+    assert_close(found.cpu(), expected, 3e-6)
+
+
 @pytest.mark.parametrize("outlier_bits", [8, 16])
 def test_linear_batch_invariance(outlier_bits: int, device: str) -> None:
     given, _ = problem(10, outlier_bits, True)

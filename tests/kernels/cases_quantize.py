@@ -70,6 +70,21 @@ def test_quantize_rows_of_a_wider_tensor(device: str) -> None:
     )
 
 
+def test_windows_longer_than_a_byte_holds(device: str) -> None:
+    x, scale, threshold = activation(2, (1, 300, 8), 2)
+    args = (x, scale, None, threshold, 4, 8, 1000, False)
+    expected = quantize_dynamic_outlier_ref(*args)
+    assert expected[2].dtype == torch.int32
+    found = kernels.quantize_dynamic_outlier(*on(device, *args))
+    assert_equal(found, expected)
+    ints = args[4:]
+    back = kernels.dequantize_dynamic_outlier(
+        *found[:1], *on(device, scale, None), *found[1:], None, *ints
+    )
+    quantized = (expected[0], scale, None, *expected[1:], None, *ints)
+    assert_equal((back,), (dequantize_dynamic_outlier_ref(*quantized),))
+
+
 @pytest.mark.parametrize("value", [0.5, 1.5, 2.5, -0.5, -2.5, 1e30, -1e30, 1e-30, 0.0])
 def test_rounding_of_ties_and_extremes(value: float, device: str) -> None:
     x = torch.full((1, 2, 8), value)
