@@ -16,8 +16,8 @@ from ouro_compiler.compiler import Images, TensorImages
 from ouro_compiler.config import PRESETS, W4A4, Preprocessing, QuantConfig
 from ouro_compiler.data import noise_images, open_images
 from ouro_compiler.errors import UsageError
-from ouro_compiler.frontend.checkpoint import default_preprocessing
 from ouro_compiler.frontend.dynamo import UncalibratableError
+from ouro_compiler.frontend.preprocessing import default_preprocessing
 
 Inner = Literal["inductor", "eager"]
 Calibration = Tensor | str | os.PathLike[str] | Images

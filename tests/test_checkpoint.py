@@ -341,6 +341,45 @@ def test_metadata_of_the_example(tmp_path: Path) -> None:
     assert torch.equal(loaded.module(IMAGES), _vim(VIM_MICRO)(IMAGES))
 
 
+TIMM = {"input_size": [1, 28, 28], "mean": [0.2], "std": [0.3], "crop_pct": 0.9}
+
+
+@pytest.mark.parametrize("holder", [None, "pretrained_cfg", "default_cfg"])
+def test_preprocessing_from_timms_config(holder: str | None, tmp_path: Path) -> None:
+    content = {"architecture": "vim", **(TIMM if holder is None else {holder: TIMM})}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    found = load_model(_saved(tmp_path / "v.pth", _state())).preprocessing
+    assert found == Preprocessing(size=28, mean=(0.2,), std=(0.3,), crop=0.9)
+
+
+def test_a_files_own_metadata_wins_over_a_config_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(TIMM))
+    path = tmp_path / "v.safetensors"
+    _tensors(path, _state(), preprocessing=json.dumps(DIGITS))
+    assert load_model(path).preprocessing.mean == (0.1307,)
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", "{}", json.dumps({"hidden_size": 3})])
+def test_a_config_of_something_else_says_nothing(content: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(content)
+    assert load_model(_saved(tmp_path / "v.pth", _state())).preprocessing.mean == (0.5,)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{not json", "config.json beside it cannot be used"),
+        (json.dumps(TIMM | {"input_size": [1, 28, 14]}), "input_size must be"),
+        (json.dumps(TIMM | {"input_size": [1, 32, 32]}), "but the model takes 1 and 28"),
+        (json.dumps(TIMM | {"mean": "x"}), "mean has a value"),
+        (json.dumps({"mean": [0.1, 0.2, 0.3], "std": [1, 1, 1]}), "images of 3 channels"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_an_error(content: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(content)
+    assert words in _refusal(_saved(tmp_path / "v.pth", _state()))
+
+
 def test_preprocessing_without_metadata(tmp_path: Path) -> None:
     grey = load_model(_saved(tmp_path / "v.pth", _state())).preprocessing
     assert grey == Preprocessing(size=28, mean=(0.5,), std=(0.5,))

@@ -6,7 +6,6 @@ see `formats`, and `ouro_compiler.archive` for files of torch.export.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from ouro_compiler.config import Preprocessing
 from ouro_compiler.errors import ModelError, UsageError
 from ouro_compiler.frontend.detect import check_state, detect_vim
 from ouro_compiler.frontend.formats import file_kind, read_safetensors, read_torch, unwrap
+from ouro_compiler.frontend.preprocessing import default_preprocessing, find_preprocessing
 from ouro_compiler.models.vim import ARCHITECTURES
 
 # Narrower ones mean nothing without the scales that come with them.
@@ -58,11 +58,11 @@ def load_model(path: Path, *, arch: str | None = None, allow_pickle: bool = Fals
     with _naming(path):
         kind = file_kind(path)
         if kind == "safetensors":
-            return _load_vim(*read_safetensors(path), arch)
+            return _load_vim(path, *read_safetensors(path), arch)
         if kind == "torch":
             content = read_torch(path, allow_pickle=allow_pickle)
             if not isinstance(content, nn.Module):
-                return _load_vim(unwrap(content), {}, arch)
+                return _load_vim(path, unwrap(content), {}, arch)
     if arch is not None:
         raise UsageError(f"{path} holds a whole model, so no architecture can be given for it")
     return _load_module(path, content) if isinstance(content, nn.Module) else _load_exported(path)
@@ -82,7 +82,7 @@ def _known() -> str:
 
 
 def _load_vim(
-    state: dict[str, Tensor], metadata: Mapping[str, str], arch: str | None
+    path: Path, state: dict[str, Tensor], metadata: Mapping[str, str], arch: str | None
 ) -> LoadedModel:
     named = metadata.get("architecture")
     if named is not None and named not in ARCHITECTURES:
@@ -92,7 +92,7 @@ def _load_vim(
     for key, tensor in state.items():
         _check_plain(key, tensor)
     name, config = detect_vim(state, arch=arch or named)
-    preprocessing = _preprocessing(metadata, config.img_size, config.in_chans)
+    preprocessing = find_preprocessing(path, metadata, config.img_size, config.in_chans)
     with torch.device("meta"):  # the weights come from the file: no memory, no random numbers
         module = config.build()
     check_state(state, module, name)
@@ -159,58 +159,6 @@ def check_finite(tensors: Iterable[tuple[str, Any]]) -> None:
         floating = isinstance(tensor, Tensor) and tensor.is_floating_point()
         if floating and not torch.isfinite(tensor.float()).all():
             raise ModelError(f"tensor {name} holds NaN or infinite values")
-
-
-# Preprocessing
-
-
-def default_preprocessing(channels: int, size: int) -> Preprocessing:
-    """For models that do not say: ImageNet's, and for grey images mean and std 0.5.
-
-    Raises ModelError for another number of channels than 1 and 3.
-    """
-    if channels == 1:
-        return Preprocessing(size=size, mean=(0.5,), std=(0.5,))
-    if channels == 3:
-        return Preprocessing(size=size)
-    raise ModelError(f"the model takes images of {channels} channels, but only 1 and 3 work")
-
-
-def _preprocessing(metadata: Mapping[str, str], size: int, channels: int) -> Preprocessing:
-    """From a file's metadata, checked against the model's own input, or the default."""
-    default = default_preprocessing(channels, size)
-    if "preprocessing" not in metadata:
-        return default
-    try:
-        found = _parse_preprocessing(json.loads(metadata["preprocessing"]))
-    except (ValueError, RecursionError, UsageError) as error:
-        raise ModelError(f"the preprocessing in its metadata cannot be used: {error}") from error
-    if (found.size, found.channels) != (size, channels):
-        raise ModelError(
-            f"the preprocessing in its metadata makes images of {found.channels} channels and "
-            f"{found.size} pixels, but the model takes {channels} and {size}"
-        )
-    return found
-
-
-def _parse_preprocessing(data: Any) -> Preprocessing:
-    if not isinstance(data, dict):
-        raise ValueError("expected a JSON object")
-    valid = {
-        "size": lambda value: type(value) is int,
-        "mean": lambda value: isinstance(value, list) and all(map(_is_number, value)),
-        "std": lambda value: isinstance(value, list) and all(map(_is_number, value)),
-        "crop": _is_number,
-    }
-    for key, value in data.items():
-        if key in valid and not valid[key](value):
-            raise ValueError(f"{key} has a value of the wrong type")
-    return Preprocessing.from_dict(data)
-
-
-def _is_number(value: object) -> bool:
-    # JSON's true is an int to Python, and Python's reader takes NaN, Infinity and any size.
-    return type(value) in (int, float) and abs(value) < 1e6  # type: ignore[arg-type]
 
 
 # The input of a whole model: (channels, side)

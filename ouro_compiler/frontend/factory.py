@@ -19,12 +19,12 @@ from ouro_compiler.errors import ModelError, UsageError
 from ouro_compiler.frontend.checkpoint import (
     LoadedModel,
     check_finite,
-    default_preprocessing,
     loaded_model,
     module_input,
 )
 from ouro_compiler.frontend.detect import check_state
 from ouro_compiler.frontend.formats import file_kind, read_safetensors, read_torch, unwrap
+from ouro_compiler.frontend.preprocessing import default_preprocessing
 
 _SPEC = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
