@@ -32,6 +32,7 @@ from ouro_compiler.graph import (
     is_op,
     value_of,
 )
+from ouro_compiler.ops.quantize import KEEP_FLOAT_BITS
 from ouro_compiler.passes.base import PassContext
 
 _OURO = torch.ops.ouro
@@ -100,8 +101,9 @@ class _Inserter:
         codes, outlier_scale, start = (
             insert_call(graph, before, operator.getitem, quantize, index) for index in range(3)
         )
+        kept = x if self.spec.outlier_bits == KEEP_FLOAT_BITS else None
         result = insert_call(
-            graph, before, _DEQUANTIZE, codes, scale, zero, outlier_scale, start, x, *static
+            graph, before, _DEQUANTIZE, codes, scale, zero, outlier_scale, start, kept, *static
         )
         if site.transpose:
             result = insert_call(graph, before, aten.transpose.int, result, 1, 2)
