@@ -78,7 +78,7 @@ class SS2D(nn.Module):
 
     def __init__(self, config: VMambaConfig, dim: int) -> None:
         super().__init__()
-        inner, rank = int(config.ssm_ratio * dim), math.ceil(dim / 16)
+        inner, rank = round(config.ssm_ratio * dim), math.ceil(dim / 16)
         self.parts, self.gate = (rank, config.d_state, config.d_state), config.gate
         self.in_proj = nn.Linear(dim, inner * (1 + config.gate), bias=False)
         self.conv2d = nn.Conv2d(
@@ -156,7 +156,7 @@ class VSSBlock(nn.Module):
         self.with_mlp = config.mlp_ratio > 0
         if self.with_mlp:
             self.norm2 = nn.LayerNorm(dim)
-            self.mlp = Mlp(dim, int(config.mlp_ratio * dim))
+            self.mlp = Mlp(dim, round(config.mlp_ratio * dim))
 
     def forward(self, hidden: Tensor, grid: Grid) -> Tensor:
         """(B, L, D) -> (B, L, D)."""
