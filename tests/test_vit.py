@@ -13,7 +13,8 @@ import ouro_compiler as ouro
 from ouro_compiler.compiler import prepare
 from ouro_compiler.frontend.capture import capture
 from ouro_compiler.graph import value_of
-from ouro_compiler.models.vit import ARCHITECTURES, Attention, ViT, ViTConfig, deit_tiny
+from ouro_compiler.models.layers import Attention
+from ouro_compiler.models.vit import ARCHITECTURES, ViT, ViTConfig, deit_tiny
 from tests.helpers import assert_close, randn
 from tests.passes.graphs import assert_same, outputs
 

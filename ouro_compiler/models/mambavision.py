@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ouro_compiler.ops  # noqa: F401  (registers torch.ops.ouro)
+from ouro_compiler.models.layers import Attention, Mlp, fresh_dt_bias
 
 CONV_STAGES = 2
 
@@ -75,10 +76,8 @@ class MambaVisionMixer(nn.Module):
         self.x_proj = nn.Linear(half, sum(self.parts), bias=False)
         self.dt_proj = nn.Linear(rank, half)
         nn.init.uniform_(self.dt_proj.weight, -(rank**-0.5), rank**-0.5)
-        # softplus(bias) is log-uniform in [1e-3, 1e-1], as in Mamba
-        step = torch.exp(torch.rand(half) * math.log(100.0) + math.log(1e-3))
         with torch.no_grad():
-            self.dt_proj.bias.copy_(step + torch.log(-torch.expm1(-step)))
+            self.dt_proj.bias.copy_(fresh_dt_bias(half))
         self.A_log = nn.Parameter(torch.arange(1, states + 1).float().log().repeat(half, 1))
         self.D = nn.Parameter(torch.ones(half))
         self.out_proj = nn.Linear(dim, dim, bias=False)
@@ -100,34 +99,6 @@ class MambaVisionMixer(nn.Module):
             True,
         )
         return self.out_proj(torch.cat((y, z), dim=1).transpose(1, 2))
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention inside a window."""
-
-    def __init__(self, dim: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, L, D) -> (B, L, D)."""
-        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
-class Mlp(nn.Module):
-    """Two linears with a GELU between; fc1 and fc2 are the public names."""
-
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, L, D) -> (B, L, D)."""
-        return self.fc2(F.gelu(self.fc1(x)))
 
 
 class HybridBlock(nn.Module):

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ouro_compiler.ops  # noqa: F401  (registers torch.ops.ouro)
+from ouro_compiler.models.layers import Mlp, fresh_dt_bias
 
 DIRECTIONS = 4
 Grid = tuple[int, int]
@@ -92,9 +93,7 @@ class SS2D(nn.Module):
         self.dt_projs_weight = nn.Parameter(
             torch.empty(DIRECTIONS, inner, rank).uniform_(-bound, bound)
         )
-        # softplus(bias) is log-uniform in [1e-3, 1e-1], as in Mamba
-        step = torch.exp(torch.rand(DIRECTIONS, inner) * math.log(100.0) + math.log(1e-3))
-        self.dt_projs_bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))
+        self.dt_projs_bias = nn.Parameter(fresh_dt_bias(DIRECTIONS, inner))
         decay = torch.arange(1, config.d_state + 1, dtype=torch.float32).log()
         self.A_logs = nn.Parameter(decay.repeat(DIRECTIONS * inner, 1))
         self.Ds = nn.Parameter(torch.ones(DIRECTIONS * inner))
@@ -131,19 +130,6 @@ class SS2D(nn.Module):
         columns = (y[1] + y[3]).unflatten(2, grid[::-1]).transpose(2, 3).flatten(2)
         merged = self.out_norm((y[0] + y[2] + columns).transpose(1, 2))
         return self.out_proj(merged if z is None else merged * F.silu(z))
-
-
-class Mlp(nn.Module):
-    """Two linears with a GELU between; fc1 and fc2 are the public names."""
-
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, L, D) -> (B, L, D)."""
-        return self.fc2(F.gelu(self.fc1(x)))
 
 
 class VSSBlock(nn.Module):
