@@ -98,7 +98,7 @@ class SiteObserver:
             scale = symmetric_from_histogram(self.histogram, self.high, bits)
         middle, limit = inlier_interval(scale, zero_point, bits)
         threshold = torch.full_like(limit, float("inf"))
-        if self.outliers == "dynamic":
+        if self.means:
             means, deviations = torch.cat(self.means), torch.cat(self.deviations)
             centre = means if middle is None else (means - middle).abs()
             bound = (centre + self.site.kappa * deviations).median(0).values
@@ -113,7 +113,7 @@ class SiteObserver:
             mask = torch.zeros(x.shape[-1], dtype=torch.bool)
             mask[self.channels] = True
             return mask.expand_as(x)
-        if self.outliers != "dynamic":
+        if self.outliers != "dynamic" or x.shape[-1] < 2:  # one channel stands out of nothing
             return None
         values = x if self.site.asymmetric else x.abs()
         deviation, mean = torch.std_mean(values, dim=-1)

@@ -17,10 +17,18 @@ from torch import Tensor, nn
 
 from ouro_compiler.config import Preprocessing
 from ouro_compiler.errors import ModelError, UsageError
-from ouro_compiler.frontend.detect import check_state, detect_vim
+from ouro_compiler.frontend.detect import (
+    ARCHITECTURES,
+    check_state,
+    detect,
+    with_current_names,
+)
 from ouro_compiler.frontend.formats import file_kind, read_safetensors, read_torch, unwrap
-from ouro_compiler.frontend.preprocessing import default_preprocessing, find_preprocessing
-from ouro_compiler.models.vim import ARCHITECTURES
+from ouro_compiler.frontend.preprocessing import (
+    default_preprocessing,
+    expected_preprocessing,
+    find_preprocessing,
+)
 
 # Narrower ones mean nothing without the scales that come with them.
 _WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -31,7 +39,7 @@ class LoadedModel:
     """A model read from a file.
 
     module: in eval mode, in fp32, no parameter asks for gradients. name: a key of ARCHITECTURES,
-    "vim" for a Vim of other shapes, or the file's stem where the file holds a whole model.
+    "vim" or "vmamba" for one of other shapes, or the file's stem where it holds a whole model.
     example: (2, C, H, W) fp32, the same each time.
     """
 
@@ -42,12 +50,12 @@ class LoadedModel:
 
 
 def load_model(path: Path, *, arch: str | None = None, allow_pickle: bool = False) -> LoadedModel:
-    """Read a Vim's state_dict (safetensors, torch.save), a torch.export file or a pickled module.
+    """Read a state_dict (safetensors, torch.save), a torch.export file or a pickled module.
 
     arch: a key of ARCHITECTURES for a state_dict whose shapes fit more than one; it wins over the
     file's metadata. allow_pickle: a file that needs it is unpickled in full, which runs any code
     that its author put there; modules need it, and checkpoints that carry training arguments.
-    Raises UsageError for an unknown `arch`, or one given with a whole model, which has its own;
+    Raises UsageError for an unknown `arch`, one that is needed, or one given with a whole model;
     ModelError for a file that is missing, damaged, unsafe or compiled already, for a model that is
     not supported, and for weights that do not fit together or are not finite.
     """
@@ -58,11 +66,11 @@ def load_model(path: Path, *, arch: str | None = None, allow_pickle: bool = Fals
     with _naming(path):
         kind = file_kind(path)
         if kind == "safetensors":
-            return _load_vim(path, *read_safetensors(path), arch)
+            return _load_state(path, *read_safetensors(path), arch)
         if kind == "torch":
             content = read_torch(path, allow_pickle=allow_pickle)
             if not isinstance(content, nn.Module):
-                return _load_vim(path, unwrap(content), {}, arch)
+                return _load_state(path, unwrap(content), {}, arch)
     if arch is not None:
         raise UsageError(f"{path} holds a whole model, so no architecture can be given for it")
     return _load_module(path, content) if isinstance(content, nn.Module) else _load_exported(path)
@@ -81,7 +89,7 @@ def _known() -> str:
     return ", ".join(ARCHITECTURES)
 
 
-def _load_vim(
+def _load_state(
     path: Path, state: dict[str, Tensor], metadata: Mapping[str, str], arch: str | None
 ) -> LoadedModel:
     named = metadata.get("architecture")
@@ -91,8 +99,9 @@ def _load_vim(
         raise ModelError("it holds no tensors")
     for key, tensor in state.items():
         _check_plain(key, tensor)
-    name, config = detect_vim(state, arch=arch or named)
-    preprocessing = find_preprocessing(path, metadata, config.img_size, config.in_chans)
+    state = with_current_names(state)
+    name, config = detect(state, arch=arch or named)
+    preprocessing = find_preprocessing(path, metadata, expected_preprocessing(config))
     with torch.device("meta"):  # the weights come from the file: no memory, no random numbers
         module = config.build()
     check_state(state, module, name)
@@ -139,6 +148,8 @@ def loaded_model(
 
 def _check_plain(name: str, tensor: Tensor) -> None:
     """Refuse what no weight is, such as a small storage posing as a tensor of any shape."""
+    if _counts_batches(name, tensor):
+        return
     if tensor.dtype not in _WEIGHT_DTYPES or tensor.layout != torch.strided or tensor.is_meta:
         raise ModelError(
             f"tensor {name} is no dense tensor of floating-point numbers of 16 bits or more, but "
@@ -148,8 +159,16 @@ def _check_plain(name: str, tensor: Tensor) -> None:
         raise ModelError(f"tensor {name} has shape {tuple(tensor.shape)} but too little data")
 
 
+def _counts_batches(name: str, tensor: Tensor) -> bool:
+    """A batch norm's count of training batches: no weight, and yet in public checkpoints."""
+    counts = name.endswith(".num_batches_tracked") and tensor.dtype == torch.int64
+    return counts and tensor.dim() == 0 and not tensor.is_meta and not tensor.is_sparse
+
+
 def _own(tensor: Tensor) -> Tensor:
     """A copy in fp32: how a format lays out, aligns or maps memory must not change results."""
+    if tensor.dtype == torch.int64:
+        return tensor.detach().clone()
     return tensor.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
 

@@ -1,46 +1,104 @@
-"""Which Vim a state_dict belongs to, told by the names and shapes of its tensors alone."""
+"""Which model a state_dict belongs to, told by the names and shapes of its tensors alone."""
 
 from __future__ import annotations
 
-import math
 import re
+from collections import ChainMap
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Literal
 
 from torch import Tensor, nn
 
-from ouro_compiler.errors import ModelError
-from ouro_compiler.models.vim import ARCHITECTURES, VimConfig
+from ouro_compiler.errors import ModelError, UsageError
+from ouro_compiler.frontend.families import FAMILIES, Config, Family, shape_of
 
-_OTHER_FAMILIES = {
-    "VMamba": re.compile(r"layers\.\d+\.blocks\.\d+\.op\.A_logs"),
-    "MambaVision": re.compile(r"levels\.\d+\."),
-}
-_LAYER = re.compile(r"layers\.(\d+)\.")
-_MIXER = re.compile(r"layers\.\d+\.mixer\.")
+# Names of every family, as `--arch` and metadata use them; a ChainMap lists its last map first.
+ARCHITECTURES: Mapping[str, Config] = ChainMap(*(f.architectures for f in reversed(FAMILIES)))
+
 _SHOWN = 3  # how many of a long list of names a message shows
+# The first VMamba checkpoints, before their code was reorganised.
+_OLD_VMAMBA = (
+    (re.compile(r"patch_embed\.proj\."), "patch_embed.0."),
+    (re.compile(r"patch_embed\.norm\."), "patch_embed.2."),
+    (re.compile(r"(layers\.\d+\.blocks\.\d+)\.ln_1\."), r"\1.norm."),
+    (re.compile(r"(layers\.\d+\.blocks\.\d+)\.self_attention\."), r"\1.op."),
+    (re.compile(r"(norm|head)\."), r"classifier.\1."),
+)
+_POINTWISE = re.compile(r"layers\..*\.(in_proj|out_proj|fc1|fc2|reduction)\.weight")
 
 
-def detect_vim(state: Mapping[str, Tensor], *, arch: str | None = None) -> tuple[str, VimConfig]:
-    """(name, architecture) of a Vim's state_dict; only names and shapes are read, meta tensors do.
+def detect(state: Mapping[str, Tensor], *, arch: str | None = None) -> tuple[str, Config]:
+    """(name, architecture) of a state_dict; only names and shapes are read, meta tensors do.
 
     arch: a key of ARCHITECTURES that wins over what the shapes suggest (num_classes apart). Without
-    it the first of ARCHITECTURES with the same shapes is taken, else the architecture is called
-    "vim". Shapes do not tell where the class token is nor whether the two directions are averaged:
-    VimConfig's defaults (in the middle, averaged) are what every public checkpoint uses.
-    Raises ModelError for another family, a missing tensor, or a shape that fits no Vim. What is not
+    it an architecture with the same shapes is looked up; one without a name is called "vim" or
+    "vmamba". Shapes do not tell where a Vim's class token is nor whether its two directions are
+    averaged, nor a VMamba's orders of scanning: every public checkpoint has what VimConfig and
+    `models.vmamba` say. Raises UsageError where `arch` must choose between several, ModelError for
+    another family, a missing tensor, or a shape that fits no model of the family. What is not
     needed here is left to `check_state`.
     """
-    _check_family(state)
-    num_classes, _ = _shape(state, "head.weight", 2)
-    if arch is not None:
-        return arch, replace(ARCHITECTURES[arch], num_classes=num_classes)
-    inferred = _infer(state, num_classes)
-    for name, known in ARCHITECTURES.items():
-        if _fingerprint(known) == _fingerprint(inferred):
-            return name, replace(known, num_classes=num_classes)
-    return "vim", inferred
+    family = _family_of(state)
+    if arch is not None and arch not in family.architectures:
+        raise ModelError(f"these are weights of the {family.title} family, not of {arch}")
+    num_classes, _ = shape_of(state, family.head, 2, family.title)
+    if arch is None:
+        inferred = family.infer(state, num_classes)
+        arch = _named(family, inferred)
+        if arch is None:
+            return family.title.lower(), inferred
+    return arch, replace(ARCHITECTURES[arch], num_classes=num_classes)
+
+
+def _named(family: Family, inferred: Config) -> str | None:
+    """The name of the one architecture that shapes fit; None where they may go without."""
+    told = family.told(inferred)
+    fitting = [name for name, known in family.architectures.items() if family.told(known) == told]
+    if len(fitting) > 1:
+        raise UsageError(
+            f"these weights fit {' and '.join(fitting)}, which their shapes do not tell apart; "
+            "choose one with --arch"
+        )
+    if not fitting and family.untold:
+        raise ModelError(
+            f"these are weights of a {family.title} of no known size, and shapes do not tell "
+            f"{family.untold}; known are {', '.join(family.architectures)}"
+        )
+    return fitting[0] if fitting else None
+
+
+def _family_of(state: Mapping[str, Tensor]) -> Family:
+    for family in FAMILIES:
+        if any(family.mark.match(key) for key in state):
+            return family
+    *titles, last = (family.title for family in FAMILIES)
+    raise ModelError(
+        f"these are not the weights of a {', '.join(titles)} or {last}: no tensor is named like "
+        f"{FAMILIES[0].sample}, found {_first(state)}"
+    )
+
+
+def with_current_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors under the names that `models` uses, as the first VMambas have others.
+
+    VMamba's linears stored as 1x1 convolutions, (O, I, 1, 1), become (O, I).
+    """
+    if not any(re.match(r"layers\.\d+\.blocks\.\d+\.(op|self_attention)\.", key) for key in state):
+        return dict(state)
+    return {_current_name(key): _as_matrix(key, tensor) for key, tensor in state.items()}
+
+
+def _current_name(key: str) -> str:
+    for pattern, name in _OLD_VMAMBA:
+        found, count = pattern.subn(name, key, count=1) if pattern.match(key) else (key, 0)
+        if count:
+            return found
+    return key
+
+
+def _as_matrix(key: str, tensor: Tensor) -> Tensor:
+    pointwise = tensor.dim() == 4 and tensor.shape[2:] == (1, 1) and _POINTWISE.match(key)
+    return tensor.flatten(1) if pointwise else tensor
 
 
 def check_state(state: Mapping[str, Tensor], module: nn.Module, name: str) -> None:
@@ -65,87 +123,3 @@ def _first(names: Iterable[str]) -> str:
     names = list(names)
     rest = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + rest
-
-
-def _check_family(state: Mapping[str, Tensor]) -> None:
-    for family, pattern in _OTHER_FAMILIES.items():
-        if any(pattern.match(key) for key in state):
-            raise ModelError(
-                f"these are weights of the {family} family, which is not supported yet"
-            )
-    if not any(_MIXER.match(key) for key in state):
-        raise ModelError(
-            "these are not the weights of a Vim: no tensor is named like layers.0.mixer.A_log, "
-            f"found {_first(state)}"
-        )
-
-
-def _shape(state: Mapping[str, Tensor], key: str, dims: int) -> tuple[int, ...]:
-    """The shape of a tensor of `dims` dimensions, none of them empty."""
-    if key not in state:
-        raise ModelError(f"a Vim needs the tensor {key}, which is missing")
-    shape = tuple(state[key].shape)
-    if len(shape) != dims or 0 in shape:
-        raise ModelError(
-            f"tensor {key} has shape {shape}, but a Vim has {dims} non-empty dimensions there"
-        )
-    return shape
-
-
-def _infer(state: Mapping[str, Tensor], num_classes: int) -> VimConfig:
-    cls_position: Literal["middle", "none"] = "middle" if "cls_token" in state else "none"
-    _, tokens, embed_dim = _shape(state, "pos_embed", 3)
-    _, in_chans, patch_size, _ = _shape(state, "patch_embed.proj.weight", 4)
-    img_size, stride = _image_and_stride(tokens - (cls_position != "none"), patch_size)
-    mixer = "layers.0.mixer."
-    features, _ = _shape(state, f"{mixer}in_proj.weight", 2)
-    if features % (2 * embed_dim):
-        raise ModelError(
-            f"tensor {mixer}in_proj.weight has {features} rows, which is no multiple of twice the "
-            f"{embed_dim} channels of pos_embed"
-        )
-    return VimConfig(
-        img_size=img_size,
-        patch_size=patch_size,
-        stride=stride,
-        in_chans=in_chans,
-        embed_dim=embed_dim,
-        depth=len({match[1] for key in state if (match := _LAYER.match(key))}),
-        d_state=_shape(state, f"{mixer}A_log", 2)[1],
-        d_conv=_shape(state, f"{mixer}conv1d.weight", 3)[2],
-        expand=features // (2 * embed_dim),
-        dt_rank=_shape(state, f"{mixer}dt_proj.weight", 2)[1],
-        num_classes=num_classes,
-        norm="layer" if "layers.0.norm.bias" in state else "rms",
-        cls_position=cls_position,
-        final_pool="mean" if cls_position == "none" else "cls",
-    )
-
-
-def _image_and_stride(patches: int, patch_size: int) -> tuple[int, int]:
-    """(image side, stride) of a square grid of patches, both in pixels."""
-    grid = math.isqrt(max(patches, 0))
-    if grid == 0 or grid * grid != patches:
-        raise ModelError(
-            f"pos_embed has {patches} positions besides the class token, which is no square grid"
-        )
-    if (patch_size, grid) == (16, 27):  # the public fine-tuned models: overlapping patches of 224
-        return 224, 8
-    return grid * patch_size, patch_size
-
-
-def _fingerprint(config: VimConfig) -> tuple[object, ...]:
-    """What shapes tell of an architecture, less the number of classes."""
-    return (
-        config.patch_size,
-        config.in_chans,
-        config.embed_dim,
-        config.depth,
-        config.d_state,
-        config.d_conv,
-        config.expand,
-        config.rank,
-        config.norm,
-        config.cls_position != "none",
-        config.num_tokens,
-    )

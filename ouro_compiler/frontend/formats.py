@@ -24,8 +24,9 @@ from ouro_compiler.frontend.pickles import load_inert
 FileKind = Literal["safetensors", "torch", "exported"]
 
 _MAX_SAFETENSORS_HEADER = 100_000_000  # the format's own limit, in bytes
-_WRAPPERS = ("model", "state_dict")
-_PREFIXES = ("module.", "encoder.")
+# Averages of weights only where there are no others: what public evaluation code reads by default.
+_WRAPPERS = ("model", "state_dict", "model_ema", "state_dict_ema")
+_PREFIXES = ("module.", "encoder.", "model.")
 
 
 def file_kind(path: Path) -> FileKind:
@@ -126,10 +127,10 @@ def _torch_load(path: Path, *, weights_only: bool) -> object:
 
 
 def unwrap(content: object) -> dict[str, Tensor]:
-    """The state_dict in what torch.save wrote: all of it, or what is under `model`, `state_dict`.
+    """The state_dict in what torch.save wrote: all of it, or what is under the first of _WRAPPERS.
 
-    A prefix `module.` or `encoder.` that every name has is taken off. Raises ModelError where there
-    are no tensors by name.
+    A prefix `module.`, `encoder.` or `model.` that every name has is taken off. Raises ModelError
+    where there are no tensors by name.
     """
     if isinstance(content, Mapping):
         held = (content.get(key) for key in _WRAPPERS)
@@ -139,7 +140,7 @@ def unwrap(content: object) -> dict[str, Tensor]:
     ):
         raise ModelError(
             "it holds no state_dict: expected tensors by name, bare or under "
-            f"{' or '.join(_WRAPPERS)}"
+            f"{', '.join(_WRAPPERS[:-1])} or {_WRAPPERS[-1]}"
         )
     return _without_prefix(content)
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ouro_compiler.config import Preprocessing
 from ouro_compiler.errors import ModelError, UsageError
+from ouro_compiler.frontend.families import Config
+from ouro_compiler.models.mambavision import MambaVisionConfig
+from ouro_compiler.models.vit import ViTConfig
 
 _MAX_CONFIG = 1_000_000  # bytes of a config.json that is read
 _HOLDERS = ("pretrained_cfg", "default_cfg")
@@ -27,16 +31,24 @@ def default_preprocessing(channels: int, size: int) -> Preprocessing:
     raise ModelError(f"the model takes images of {channels} channels, but only 1 and 3 work")
 
 
+def expected_preprocessing(config: Config) -> Preprocessing:
+    """What the public weights of an architecture were trained for."""
+    default = default_preprocessing(config.in_chans, config.img_size)
+    if isinstance(config, ViTConfig) and len(config.mean) == config.in_chans:
+        return replace(default, mean=config.mean, std=config.std, crop=config.crop)
+    return replace(default, crop=config.crop) if isinstance(config, MambaVisionConfig) else default
+
+
 def find_preprocessing(
-    path: Path, metadata: Mapping[str, str], size: int, channels: int
+    path: Path, metadata: Mapping[str, str], default: Preprocessing
 ) -> Preprocessing:
-    """What a checkpoint says of its images, checked against the model's own input.
+    """What a checkpoint says of its images, checked against the default, the model's own input.
 
     In this order: `preprocessing` in the file's metadata; timm's keys (input_size, mean, std,
     crop_pct; flat, or under pretrained_cfg) in a config.json beside it; the default.
     Raises ModelError for values that cannot be used or do not fit the model.
     """
-    default = default_preprocessing(channels, size)
+    size, channels = default.size, default.channels
     where = "the preprocessing in its metadata"
     try:
         if "preprocessing" in metadata:

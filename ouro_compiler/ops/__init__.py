@@ -4,6 +4,7 @@ import torch
 
 from ouro_compiler.ops import (  # noqa: F401  (imported for registration)
     causal_conv1d,
+    cross_scan,
     fused,
     linear,
     norm,

@@ -1,7 +1,8 @@
 """fold_constants: compute once what depends on parameters alone.
 
 Covers `A = -exp(A_log)`, reshaped or cast weights, sums of constants, parts of a split parameter.
-A chain folds as a whole into a buffer named `<first parameter it comes from>_folded`. Not folded:
+A chain folds as a whole into a buffer named `<first parameter it comes from>_folded`; part k of a
+stacked parameter `w` is called `w_k`, or `w_k_folded` where more is done to it. Not folded:
 random ops, ops that write in place and parameters that are written to, ops whose result is larger
 than all of their inputs together (an expanded constant is cheaper to keep as an expand), and
 `ouro::dequantize_weight`, which is how a quantized constant stays small.
@@ -16,7 +17,15 @@ import torch
 from torch import Tensor, fx
 
 import ouro_compiler.ops  # noqa: F401  (registers torch.ops.ouro)
-from ouro_compiler.graph import add_constant, delete_unused_constants, get_constant, replace_node
+from ouro_compiler.graph import (
+    add_constant,
+    argument,
+    aten,
+    delete_unused_constants,
+    get_constant,
+    is_op,
+    replace_node,
+)
 from ouro_compiler.passes.base import PassContext
 from ouro_compiler.passes.editing import written_in_place
 
@@ -84,6 +93,15 @@ def _elements(value: Any) -> int:
 
 
 def _folded_name(node: fx.Node) -> str:
+    part, suffix = (
+        "",
+        "" if _is_part(node) and node.all_input_nodes[0].op == "get_attr" else _SUFFIX,
+    )
     while node.op != "get_attr":
+        part = f"_{argument(node, 'index')}{part}" if _is_part(node) else part
         node = node.all_input_nodes[0]
-    return str(node.target).removesuffix(_SUFFIX) + _SUFFIX
+    return str(node.target).removesuffix(_SUFFIX) + part + suffix
+
+
+def _is_part(node: fx.Node) -> bool:
+    return is_op(node, aten.select.int) and argument(node, "dim") == 0

@@ -194,11 +194,18 @@ def _plan_convolution(gm: fx.GraphModule, node: fx.Node, config: QuantConfig) ->
 
 
 def _layer_name(weight: object, node: fx.Node) -> str:
-    """`layers.0.mixer.in_proj` for `layers.0.mixer.in_proj.weight` (or `weight_folded`, ...)."""
-    if isinstance(weight, fx.Node) and weight.op == "get_attr":
-        path, _, leaf = str(weight.target).rpartition(".")
-        return path if path and leaf.startswith("weight") else str(weight.target)
-    return node.name
+    """`layers.0.mixer.in_proj` for `layers.0.mixer.in_proj.weight` (or `weight_folded`, ...).
+
+    Part k of a stacked `op.x_proj_weight` is `op.x_proj_k`; never the name of the parameter itself,
+    since what a layer is given at compilation lives under its name.
+    """
+    if not isinstance(weight, fx.Node) or weight.op != "get_attr":
+        return node.name
+    path, _, leaf = str(weight.target).rpartition(".")
+    if path and leaf.startswith("weight"):
+        return path
+    stem = leaf.removesuffix("_folded").replace("_weight", "")
+    return f"{path}.{stem}".lstrip(".") + ("_linear" if stem == leaf else "")
 
 
 def _unique(name: str, taken: dict[str, fx.Node]) -> str:
