@@ -540,6 +540,24 @@ def test_training_checkpoints_open_without_pickle(tmp_path: Path) -> None:
     assert torch.equal(load_model(path).module(IMAGES), _vim()(IMAGES))
 
 
+@pytest.mark.parametrize("key", ["model_ema", "state_dict_ema"])
+def test_averages_of_weights(key: str, tmp_path: Path) -> None:
+    """Beside the weights they are read with `ema` alone; without weights they are read anyway."""
+    average = {name: tensor * 0.5 for name, tensor in _state().items()}
+    path = _saved(tmp_path / "v.pth", {"model": _state(), key: average, "args": Path("x")})
+    assert torch.equal(load_model(path).module(IMAGES), _vim()(IMAGES))
+    averaged = load_model(path, ema=True).module.state_dict()
+    assert all(torch.equal(averaged[name], tensor) for name, tensor in average.items())
+    only = _saved(tmp_path / "only.pth", {key: average, "epoch": 3})
+    assert torch.equal(load_model(only).module(IMAGES), load_model(path, ema=True).module(IMAGES))
+
+
+def test_averages_that_are_not_there(tmp_path: Path) -> None:
+    assert "nothing under model_ema" in _refusal(_saved(tmp_path / "v.pth", _state()), ema=True)
+    plain = _tensors(tmp_path / "v.safetensors", _state())
+    assert "only training checkpoints do" in _refusal(plain, ema=True)
+
+
 def test_a_file_that_needs_no_pickle_is_not_unpickled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -145,6 +145,6 @@ def test_command(
     assert run("my_models:small", "--model-arg", "depth=1", "--model-arg", "classes=3") == 0
     assert ouro.load("small.w4a4.pt2")(images).shape == (6, 3)
     assert run("my_models:small", "--arch", "vim_tiny") == 2
-    assert "--arch is for checkpoints" in capsys.readouterr().err
+    assert "--arch and --ema are for checkpoints" in capsys.readouterr().err
     assert run("vim.pth", "--model-arg", "depth=1") == 2
     assert "vim.pth is a file" in capsys.readouterr().err

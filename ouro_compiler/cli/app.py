@@ -36,6 +36,7 @@ def compile_command(
     target: options.TargetOption = options.TargetName.cpu,
     precompile: options.Precompile = None,
     arch: options.Arch = None,
+    ema: options.Ema = False,
     model_arg: options.ModelArg = None,
     checkpoint: options.Checkpoint = None,
     input_shape: options.InputShape = None,
@@ -69,6 +70,7 @@ def compile_command(
             source=ModelSource(
                 name=model,
                 arch=arch,
+                ema=ema,
                 arguments=tuple(model_arg or ()),
                 checkpoint=checkpoint,
                 input_shape=input_shape,
@@ -112,6 +114,7 @@ def inspect_command(
     ] = None,
     calibration: Annotated[str, typer.Option(help="images for the quantizing passes")] = "noise",
     arch: options.Arch = None,
+    ema: options.Ema = False,
     model_arg: options.ModelArg = None,
     checkpoint: options.Checkpoint = None,
     input_shape: options.InputShape = None,
@@ -125,6 +128,7 @@ def inspect_command(
         ModelSource(
             name=model,
             arch=arch,
+            ema=ema,
             arguments=tuple(model_arg or ()),
             checkpoint=checkpoint,
             input_shape=input_shape,

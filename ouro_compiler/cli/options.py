@@ -70,6 +70,9 @@ Precompile = Annotated[
     str | None, typer.Option(help="compile its kernels now, for sm_80,sm_90 ... (--target cuda)")
 ]
 Arch = Annotated[str | None, typer.Option(help="architecture, where the weights cannot tell")]
+Ema = Annotated[
+    bool, typer.Option("--ema", help="of a training checkpoint: the average of its weights")
+]
 Include = Annotated[list[str] | None, typer.Option(help="layers to quantize, as patterns (all)")]
 Exclude = Annotated[list[str] | None, typer.Option(help="layers to leave alone, as patterns")]
 Verify = Annotated[str | None, typer.Option(help="labelled images to measure accuracy on")]

@@ -18,6 +18,7 @@ class ModelSource:
 
     name: str
     arch: str | None = None
+    ema: bool = False
     arguments: tuple[str, ...] = ()
     checkpoint: Path | None = None
     input_shape: str | None = None
@@ -42,8 +43,8 @@ class ModelSource:
         if self.is_factory:
             from ouro_compiler.frontend.factory import load_factory
 
-            if self.arch is not None:
-                raise UsageError("--arch is for checkpoints: a function has its own architecture")
+            if self.arch is not None or self.ema:
+                raise UsageError("--arch and --ema are for checkpoints, not for a function")
             return load_factory(
                 self.name,
                 arguments=self.arguments,
@@ -58,4 +59,6 @@ class ModelSource:
                 "--model-arg, --checkpoint and --input-shape are for package.module:function; "
                 f"{self.name} is a file"
             )
-        return load_model(Path(self.name), arch=self.arch, allow_pickle=self.allow_pickle)
+        return load_model(
+            Path(self.name), arch=self.arch, ema=self.ema, allow_pickle=self.allow_pickle
+        )

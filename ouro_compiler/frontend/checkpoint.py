@@ -49,12 +49,15 @@ class LoadedModel:
     example: Tensor
 
 
-def load_model(path: Path, *, arch: str | None = None, allow_pickle: bool = False) -> LoadedModel:
+def load_model(
+    path: Path, *, arch: str | None = None, ema: bool = False, allow_pickle: bool = False
+) -> LoadedModel:
     """Read a state_dict (safetensors, torch.save), a torch.export file or a pickled module.
 
     arch: a key of ARCHITECTURES for a state_dict whose shapes fit more than one; it wins over the
-    file's metadata. allow_pickle: a file that needs it is unpickled in full, which runs any code
-    that its author put there; modules need it, and checkpoints that carry training arguments.
+    file's metadata. ema: take the average of the weights that a training checkpoint holds beside
+    them. allow_pickle: a file that needs it is unpickled in full, which runs any code
+    that its author put there; modules need it.
     Raises UsageError for an unknown `arch`, one that is needed, or one given with a whole model;
     ModelError for a file that is missing, damaged, unsafe or compiled already, for a model that is
     not supported, and for weights that do not fit together or are not finite.
@@ -65,12 +68,14 @@ def load_model(path: Path, *, arch: str | None = None, allow_pickle: bool = Fals
     content: object = None
     with _naming(path):
         kind = file_kind(path)
+        if ema and kind != "torch":
+            raise ModelError("it holds no average of weights: only training checkpoints do")
         if kind == "safetensors":
             return _load_state(path, *read_safetensors(path), arch)
         if kind == "torch":
             content = read_torch(path, allow_pickle=allow_pickle)
             if not isinstance(content, nn.Module):
-                return _load_state(path, unwrap(content), {}, arch)
+                return _load_state(path, unwrap(content, ema=ema), {}, arch)
     if arch is not None:
         raise UsageError(f"{path} holds a whole model, so no architecture can be given for it")
     return _load_module(path, content) if isinstance(content, nn.Module) else _load_exported(path)

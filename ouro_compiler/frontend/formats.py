@@ -24,8 +24,8 @@ from ouro_compiler.frontend.pickles import load_inert
 FileKind = Literal["safetensors", "torch", "exported"]
 
 _MAX_SAFETENSORS_HEADER = 100_000_000  # the format's own limit, in bytes
-# Averages of weights only where there are no others: what public evaluation code reads by default.
-_WRAPPERS = ("model", "state_dict", "model_ema", "state_dict_ema")
+_WRAPPERS = ("model", "state_dict")
+_AVERAGES = ("model_ema", "state_dict_ema")
 _PREFIXES = ("module.", "encoder.", "model.")
 
 
@@ -126,21 +126,26 @@ def _torch_load(path: Path, *, weights_only: bool) -> object:
         return torch.load(file, map_location="cpu", weights_only=weights_only)
 
 
-def unwrap(content: object) -> dict[str, Tensor]:
-    """The state_dict in what torch.save wrote: all of it, or what is under the first of _WRAPPERS.
+def unwrap(content: object, *, ema: bool = False) -> dict[str, Tensor]:
+    """The state_dict in what torch.save wrote: all of it, or what is under `model`, `state_dict`.
 
-    A prefix `module.`, `encoder.` or `model.` that every name has is taken off. Raises ModelError
-    where there are no tensors by name.
+    Averages of weights (`model_ema`, `state_dict_ema`) are read where there is nothing else, as
+    public evaluation code does it, or with `ema`. A prefix such as `module.` that every name has is
+    taken off. Raises ModelError where there are no tensors by name, or no averages under `ema`.
     """
+    keys = _AVERAGES if ema else (*_WRAPPERS, *_AVERAGES)
     if isinstance(content, Mapping):
-        held = (content.get(key) for key in _WRAPPERS)
-        content = next((value for value in held if isinstance(value, Mapping)), content)
+        held = (content.get(key) for key in keys)
+        found = next((value for value in held if isinstance(value, Mapping)), None)
+        if ema and found is None:
+            raise ModelError(f"it holds no average of weights: nothing under {' or '.join(keys)}")
+        content = content if found is None else found
     if not isinstance(content, Mapping) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
     ):
         raise ModelError(
             "it holds no state_dict: expected tensors by name, bare or under "
-            f"{', '.join(_WRAPPERS[:-1])} or {_WRAPPERS[-1]}"
+            f"{' or '.join(_WRAPPERS)}"
         )
     return _without_prefix(content)
 
