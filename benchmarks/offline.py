@@ -5,6 +5,7 @@ Shapes are those of Vim-T, S and B at 224 x 224 (197 tokens) and of VMamba's sca
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import tempfile
 from collections.abc import Callable, Iterator
@@ -153,9 +154,9 @@ def recorded(run: Callable[[], None]) -> list[Launch]:
 
 
 @suite("offline")
-def offline(arch: str) -> list[Row]:
+def offline(options: argparse.Namespace) -> list[Row]:
     """Compile every case for every architecture, in an empty cache; print and return rows."""
-    architectures = parse_architectures(arch)
+    architectures = parse_architectures(options.arch)
     rows: list[Row] = []
     seen: set[Any] = set()
     columns = "kernel                                  case                      arch  regs stack"

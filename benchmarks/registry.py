@@ -1,4 +1,4 @@
-"""Suites by name: a suite prints its rows as it goes and returns them."""
+"""Suites by name: a suite takes the command's options, prints rows as it goes, returns them."""
 
 from __future__ import annotations
 

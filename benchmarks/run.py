@@ -1,4 +1,4 @@
-"""python -m benchmarks.run --suite NAME [--arch sm_80,sm_90] [--json FILE]"""
+"""python -m benchmarks.run --suite NAME [--arch sm_80,sm_90] [--models A,B] [--json FILE]"""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-import benchmarks.offline  # noqa: F401  (registers its suite)
+import benchmarks.models
+import benchmarks.offline  # noqa: F401  (both register their suites)
 from benchmarks.registry import SUITES
 
 
@@ -18,9 +19,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     parser.add_argument("--suite", required=True, choices=sorted(SUITES))
     parser.add_argument("--arch", default="sm_80,sm_89,sm_90", help="architectures (offline)")
+    parser.add_argument("--models", help="architectures, with commas (models)")
+    parser.add_argument("--images", type=int, default=2, help="calibration images (models)")
     parser.add_argument("--json", type=Path, help="write the rows, with what they were made with")
     given = parser.parse_args()
-    rows = SUITES[given.suite](arch=given.arch)
+    rows = SUITES[given.suite](given)
     if given.json is not None:
         content = {"suite": given.suite, "machine": machine(), "rows": rows}
         partial = given.json.with_name(f"{given.json.name}.{os.getpid()}.partial")
