@@ -258,11 +258,14 @@ def refuse_training(gm: fx.GraphModule) -> None:
     for node in gm.graph.nodes:
         if not isinstance(node.target, torch._ops.OpOverload):
             continue
-        names = [arg.name for arg in node.target._schema.arguments]
-        values = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+        arguments = node.target._schema.arguments
+        defaults = {arg.name: arg.default_value for arg in arguments if arg.has_default_value()}
+        given = dict(zip([arg.name for arg in arguments], node.args, strict=False))
+        values = {**defaults, **given, **node.kwargs}
+        dropped = values.get("p", values.get("dropout_p"))  # attention has it without dropout too
         flags = [values[name] for name in ("train", "training") if name in values]
         random = torch.Tag.nondeterministic_seeded in node.target.tags
-        if values.get("p") == 0 or not (any(flags) or (random and not flags)):
+        if dropped == 0 or not (any(flags) or (random and not flags)):
             continue
         raise UsageError(
             f"the model is in training mode, or draws random numbers ({node.target}): "
