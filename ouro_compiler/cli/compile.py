@@ -67,7 +67,9 @@ def run(request: CompileRequest) -> None:
     """Do what the command says. Raises OuroError subclasses; nothing is left half-written."""
     _check(request)
     from ouro_compiler.frontend.checkpoint import load_model
+    from ouro_compiler.frontend.standins import install_standins
 
+    install_standins()  # a pickled model imports its own code
     loaded = load_model(request.model, arch=request.arch, allow_pickle=request.allow_pickle)
     if request.dry_run:
         _dry_run(request, loaded)

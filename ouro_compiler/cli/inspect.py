@@ -87,7 +87,9 @@ def _graph_of_model(
     from ouro_compiler.compiler import graph_after
     from ouro_compiler.data import noise_images, open_images
     from ouro_compiler.frontend.checkpoint import load_model
+    from ouro_compiler.frontend.standins import install_standins
 
+    install_standins()  # a pickled model imports its own code
     loaded = load_model(path, arch=arch, allow_pickle=allow_pickle)
     if calibration == "noise":
         images = noise_images(loaded.preprocessing, _NOISE_IMAGES, 0)
