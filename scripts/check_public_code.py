@@ -120,7 +120,7 @@ def check_vmamba(
     torch.manual_seed(0)
     model = vmamba.VSSM(
         depths=[1, 1],
-        dims=[16, 32],
+        dims=[32, 64],
         num_classes=10,
         ssm_d_state=options.pop("d_state", 1),
         ssm_ratio=options.pop("ssm_ratio", 1.0),
@@ -194,8 +194,9 @@ _VMAMBA_TYPES: dict[str, dict[str, Any]] = {
     "v02": {"norm": "ln", "d_state": 4},
     "v01": {"norm": "ln", "d_state": 4},
     "v3_noz": {"norm": "ln", "d_state": 4},
+    "xv1a": {"d_state": 4},
     "v0": {"norm": "ln", "d_state": 4},
-    "v0_seq": {"norm": "ln", "d_state": 4},
+    "v0seq": {"norm": "ln", "d_state": 4},
     "v051d_noz": {},
     "v052d_noz": {},
     "v052dc_noz": {},

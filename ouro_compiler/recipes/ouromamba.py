@@ -8,6 +8,7 @@ point, as in the published code.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -193,11 +194,18 @@ def _plan_convolution(gm: fx.GraphModule, node: fx.Node, config: QuantConfig) ->
 
 
 def _layer_name(weight: object, node: fx.Node) -> str:
-    """`layers.0.mixer.in_proj` for `layers.0.mixer.in_proj.weight` (or `weight_folded`, ...)."""
-    if isinstance(weight, fx.Node) and weight.op == "get_attr":
-        path, _, leaf = str(weight.target).rpartition(".")
-        return path if path and leaf.startswith("weight") else str(weight.target)
-    return node.name
+    """`layers.0.mixer.in_proj` for `layers.0.mixer.in_proj.weight` (or `weight_folded`, ...).
+
+    A bare parameter's layer is called `x_proj_0` for `x_proj_weight_0`, `w_layer` for `w`: never by
+    the parameter's own name, under which no quantized constants could be stored.
+    """
+    if not isinstance(weight, fx.Node) or weight.op != "get_attr":
+        return node.name
+    path, dot, leaf = str(weight.target).rpartition(".")
+    if path and leaf.startswith("weight"):
+        return path
+    shorter = re.sub(r"_weight(_folded)?(?=_|$)", "", leaf)
+    return f"{path}{dot}{shorter if shorter != leaf else leaf + '_layer'}"
 
 
 def _unique(name: str, taken: dict[str, fx.Node]) -> str:
