@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.machinery
+import importlib.util
 import sys
 import types
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import ouro_compiler as ouro
 from ouro_compiler.errors import ModelError, UsageError
 from ouro_compiler.frontend.capture import capture
 from ouro_compiler.frontend.standins import layouts, replaced_functions
 from ouro_compiler.frontend.standins.scans import mixer
-from tests.helpers import assert_close, mamba_selective_scan_ref, randn
+from tests.helpers import MAMBA_MISSING, assert_close, mamba_selective_scan_ref, randn
+from tests.isolated import run_isolated
 from tests.test_standins import SCAN, count, scan_operands
 
 
@@ -133,6 +138,37 @@ def test_a_capture_names_what_it_refuses(module: types.ModuleType) -> None:
     define(module, LOOP)
     with pytest.raises(ModelError, match="return_last_state is not supported"):
         capture(module.Model(last=True), randn(0, 3, 4, 6))
+
+
+class Direct(nn.Module):
+    """A scan by its autograd.Function, around which there is no function to replace."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+        self.A = nn.Parameter(-randn(1, 4, 2).exp())
+
+    def forward(self, x: Tensor) -> Tensor:
+        operands = (x, x.exp(), self.A, x[:, :2], x[:, 2:])
+        return self.function.apply(*operands, None, x, None, True)
+
+
+def _called_directly() -> dict[str, Any]:
+    ouro.install_standins()
+    interface = importlib.import_module("mamba_ssm.ops.selective_scan_interface")
+    model, x = Direct(interface.SelectiveScanFn), 0.1 * randn(0, 3, 4, 6)
+    gm = capture(model, x[:1])
+    operands = (x, x.exp(), model.A, x[:, :2], x[:, 2:])
+    expected = interface.selective_scan_ref(*operands, None, x, None, True)
+    return {"scans": count(gm, SCAN), "difference": float((gm(x) - expected).abs().max())}
+
+
+def test_an_extension_called_directly_is_one_scan_too() -> None:
+    if importlib.util.find_spec("mamba_ssm") is None:
+        pytest.fail(MAMBA_MISSING, pytrace=False)
+    found = run_isolated(_called_directly)
+    assert found["scans"] == 1
+    assert found["difference"] <= 1e-5
 
 
 def test_mixers_with_one_and_two_directions() -> None:
