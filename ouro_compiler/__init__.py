@@ -14,12 +14,14 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from ouro_compiler.compiler import compile
     from ouro_compiler.config import PRESETS, W4A4, W4A8, W6A6, W8A8, QuantConfig
+    from ouro_compiler.frontend.standins import install_standins
     from ouro_compiler.runtime.artifact import load
     from ouro_compiler.runtime.compiled_model import CompiledModel
 
 _HOMES = {
     "compile": "ouro_compiler.compiler",
     "load": "ouro_compiler.runtime.artifact",
+    "install_standins": "ouro_compiler.frontend.standins",
     "CompiledModel": "ouro_compiler.runtime.compiled_model",
     **dict.fromkeys(
         ("PRESETS", "W4A4", "W4A8", "W6A6", "W8A8", "QuantConfig"), "ouro_compiler.config"
@@ -34,6 +36,7 @@ __all__ = [
     "CompiledModel",
     "QuantConfig",
     "compile",
+    "install_standins",
     "load",
 ]
 

@@ -39,7 +39,13 @@ class ModelSource:
         return is_factory(self.name)
 
     def load(self) -> LoadedModel:
-        """Read or build it. Raises OuroError subclasses."""
+        """Read or build it, with stand-ins for extensions that its code imports and are missing.
+
+        Raises OuroError subclasses.
+        """
+        from ouro_compiler.frontend.standins import install_standins
+
+        install_standins()
         if self.is_factory:
             from ouro_compiler.frontend.factory import load_factory
 

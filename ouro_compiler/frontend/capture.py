@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ouro_compiler.errors import ModelError
+from ouro_compiler.frontend.standins import replaced_functions
 
 MAX_BATCH = 65_536
 
@@ -19,13 +20,17 @@ def capture(model: nn.Module | torch.export.ExportedProgram, example: Tensor) ->
     """The graph of a model that takes one tensor, with its first dimension dynamic.
 
     example: (B, ...), any B >= 1 (a batch of 1 is doubled, since export would fix it). Parameters
-    are get_attr nodes; nothing is decomposed. Raises ModelError if the model cannot be traced.
+    are get_attr nodes; nothing is decomposed, and nothing is written in place. Known scans, convs
+    and norms of public code become ops (docs/standins.md). Raises ModelError if the model cannot be
+    traced.
     """
     if isinstance(model, torch.export.ExportedProgram):
         program = model
     else:
-        with _evaluating(model):
+        with _evaluating(model), replaced_functions(model):
             program = export(model, example)
+    if _writes_in_place(program.graph):
+        program = program.run_decompositions({})  # functionalises; layers stay whole
     gm = program.module(check_guards=False)
     assert isinstance(gm, fx.GraphModule)
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
@@ -55,6 +60,11 @@ def export(
         raise ModelError(
             f"torch.export cannot trace {type(module).__name__} with {batches}: {reason}"
         ) from error
+
+
+def _writes_in_place(graph: fx.Graph) -> bool:
+    schemas = [getattr(node.target, "_schema", None) for node in graph.nodes]
+    return any(schema is not None and schema.is_mutable for schema in schemas)
 
 
 @contextmanager

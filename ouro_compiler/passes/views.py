@@ -40,6 +40,8 @@ _TRANSPOSES = frozenset({aten.transpose.int, aten.swapaxes.default})
 _REVERSALS = frozenset({aten.t.default, aten.numpy_T.default})
 _PERMUTATIONS = _TRANSPOSES | _REVERSALS | {aten.mT.default, aten.permute.default}
 VIEWS = _RESHAPES | _PERMUTATIONS
+# Of a parameter also parts: VMamba keeps the weights of several directions in one.
+_CONSTANT_VIEWS = VIEWS | {aten.slice.Tensor, aten.select.int}
 
 
 @dataclass(frozen=True, eq=False)
@@ -280,11 +282,11 @@ def _shape(dims: Sequence[Dim]) -> list[int] | None:
 
 
 def evaluate_constant(gm: fx.GraphModule, node: Any) -> tuple[fx.Node, Tensor] | None:
-    """(get_attr node, value) of an expression of views of one parameter, else None."""
+    """(get_attr node, value) of an expression of views and parts of one parameter, else None."""
     value = get_constant(gm, node)
     if value is not None:
         return node, value.detach()
-    if not is_op(node, *VIEWS):
+    if not is_op(node, *_CONSTANT_VIEWS):
         return None
     found = evaluate_constant(gm, node.args[0])
     if found is None or any(isinstance(arg, fx.Node) for arg in node.all_input_nodes[1:]):

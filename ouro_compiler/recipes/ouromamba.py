@@ -197,7 +197,7 @@ def _layer_name(weight: object, node: fx.Node) -> str:
     """`layers.0.mixer.in_proj` for `layers.0.mixer.in_proj.weight` (or `weight_folded`, ...).
 
     Part k of a stacked `op.x_proj_weight` is `op.x_proj_k`; never the name of the parameter itself,
-    since what a layer is given at compilation lives under its name.
+    since what a layer is given at compilation lives under its name: `w` is `w_layer`.
     """
     if not isinstance(weight, fx.Node) or weight.op != "get_attr":
         return node.name
@@ -205,7 +205,7 @@ def _layer_name(weight: object, node: fx.Node) -> str:
     if path and leaf.startswith("weight"):
         return path
     stem = leaf.removesuffix("_folded").replace("_weight", "")
-    return f"{path}.{stem}".lstrip(".") + ("_linear" if stem == leaf else "")
+    return f"{path}.{stem}".lstrip(".") + ("_layer" if stem == leaf else "")
 
 
 def _unique(name: str, taken: dict[str, fx.Node]) -> str:

@@ -156,6 +156,25 @@ def test_grouped_conv1d_is_one_linear_a_group(bias: bool) -> None:
     assert [value_of(one.args[0]).shape[1:] for one in calls(gm, LINEAR)] == [(9, 4), (9, 4)]
 
 
+def test_parts_of_one_parameter_are_weights() -> None:
+    """VMamba's cascade: two of four directions at a time, and one alone."""
+    gm = assert_pass(
+        normalize_linear,
+        Written(
+            lambda m, x: (
+                F.conv1d(x, m.w[2:].contiguous().view(6, 4, 1), groups=2),
+                m.w[0] @ x[:, :4],
+            ),
+            w=_weight(4, 3, 4),
+        ),
+        CHANNELS_FIRST,
+        before={aten.conv1d.default: 1, aten.matmul.default: 1},
+        after={aten.conv1d.default: 0, aten.matmul.default: 0, LINEAR: 3},
+        tolerance=TOLERANCE,
+    )
+    assert [one.args[1].target for one in calls(gm, LINEAR)] == ["w_0", "w_1", "w_2d"]
+
+
 def test_grouped_conv1d_over_directions() -> None:
     """VMamba: (B, K, D, L) through a bare parameter (K, c, D) of all directions."""
     gm = assert_pass(
