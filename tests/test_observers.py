@@ -114,3 +114,10 @@ def test_calibrate_rejects_values_that_are_not_finite() -> None:
         calibrate(gm, [site], DynamicOutlierSpec(), batches, 1)
     with pytest.raises(UsageError, match="at least one image"):
         calibrate(gm, [site], DynamicOutlierSpec(), list, 0)
+
+
+def test_a_single_channel_has_no_outliers() -> None:
+    """There is nothing to stand out of; a threshold of NaN would say so at run time only."""
+    params = observe(make_site(), "dynamic", [activations(channels=4)[..., :1]])
+    assert bool(torch.isfinite(params.scale).all())
+    assert bool(torch.isinf(params.threshold).all())

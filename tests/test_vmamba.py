@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 import ouro_compiler as ouro
 from ouro_compiler.compiler import prepare
@@ -229,3 +230,25 @@ def test_gradients_reach_every_parameter() -> None:
     model(randn(0, 2, 3, 16, 16)).square().sum().backward()
     missing = [name for name, one in model.named_parameters() if one.grad is None]
     assert missing == []
+
+
+class StackedAtTheTop(nn.Module):
+    """Layers whose weights are parameters of the model itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixing = nn.Parameter(randn(0, 6, 6))
+        self.value_weight = nn.Parameter(randn(1, 2, 6, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(2).transpose(1, 2)
+        x = F.linear(F.linear(x, self.value_weight[1]), self.mixing)
+        return F.linear(x, self.value_weight[0]).mean(1)
+
+
+def test_layers_are_never_called_like_a_parameter() -> None:
+    """What a layer is given at compilation lives under its name, so that must be free."""
+    images = randn(2, 4, 6, 3, 3)
+    compiled = ouro.compile(StackedAtTheTop(), images[:2], ouro.W8A8, calibration=images)
+    names = [row["name"] for row in compiled.report["layers"]["rows"]]
+    assert names == ["value_1", "mixing_linear", "value_0"]

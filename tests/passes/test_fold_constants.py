@@ -77,6 +77,16 @@ def test_values_are_those_of_the_graph() -> None:
     assert torch.equal(get_constant(gm, node), weight.t())
 
 
+def test_parts_of_a_stacked_parameter_carry_their_number() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        decay = -torch.exp(m.A_logs.unflatten(0, (2, -1))[1])
+        return x @ m.w[0] + x @ m.w[1] + x * decay
+
+    gm = capture_small(Written(forward, w=randn(1, 2, 8, 8), A_logs=randn(2, 2, 8)), X)
+    run(gm, fold_constants)
+    assert constant_names(gm) == {"w_0", "w_1", "A_logs_1_folded"}
+
+
 NEAR_MISSES: dict[str, Callable[[Any, Tensor], Any]] = {
     "depends on the input": lambda m, x: torch.exp(x) * m.w,
     "expanded": lambda m, x: x * m.w.expand(9, 8),
