@@ -1,7 +1,8 @@
 """Data movement of public code that does not trace on a CPU or with a dynamic batch.
 
-VMamba's cross scan and merge are written here in plain PyTorch; MambaVision's `window_reverse` in
-integer arithmetic, since `int(a / b)` of a symbolic size fixes the batch.
+VMamba's cross scan and merge are ours, as ops where all four orders are asked for at once;
+MambaVision's `window_reverse` is integer arithmetic, since `int(a / b)` of a symbolic size fixes
+the batch.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+import ouro_compiler.ops  # noqa: F401  (registers torch.ops.ouro)
 from ouro_compiler.frontend.standins.refusals import refuse
 
 _CROSS, _ONE, _BOTH = 0, 1, 2  # the values of `scans`
@@ -30,8 +32,11 @@ def cross_scan(
     _check(scans)
     if not in_channel_first:
         x = x.permute(0, 3, 4, 1, 2) if one_by_one else x.permute(0, 3, 1, 2)
-    planes = [x[:, k] for k in range(4)] if one_by_one else [x] * 4
-    y = torch.stack([_sequence(plane, k, scans) for k, plane in enumerate(planes)], dim=1)
+    if scans == _CROSS and not one_by_one:
+        y = torch.ops.ouro.cross_scan(x)
+    else:
+        planes = [x[:, k] for k in range(4)] if one_by_one else [x] * 4
+        y = torch.stack([_sequence(plane, k, scans) for k, plane in enumerate(planes)], dim=1)
     return y if out_channel_first else y.permute(0, 3, 1, 2).contiguous()
 
 
@@ -58,6 +63,9 @@ def cross_merge(
     if not out_channel_first:
         y = y.permute(0, 3, 4, 1, 2)
     height, width = y.shape[3:]
+    if scans == _CROSS and not one_by_one:
+        total = torch.ops.ouro.cross_merge(y.flatten(3), height, width)
+        return total if in_channel_first else total.permute(0, 2, 1).contiguous()
     planes = [_plane(y[:, k].flatten(2), k, scans, height, width) for k in range(4)]
     if one_by_one:
         stacked = torch.stack(planes, dim=1)
