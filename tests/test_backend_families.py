@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import pytest
@@ -26,36 +27,42 @@ def fresh() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def model_of(family: str) -> tuple[nn.Module, Tensor]:
-    """A small model and eight images for it."""
+@cache
+def model_of(family: str) -> tuple[nn.Module, Tensor, Tensor]:
+    """A small model, eight images for it, and what its artefact gives for them."""
     torch.manual_seed(0)
     config = CONFIGS[family]
     images = randn(1, 8, config.in_chans, config.img_size, config.img_size)
-    return config.build().eval().requires_grad_(False), images
+    model = config.build().eval().requires_grad_(False)
+    compiled = ouro.compile(model, images[:2], ouro.W8A8, calibration=images)
+    return model, images, compiled(images)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("family", CONFIGS)
 def test_equals_the_artefact(family: str, dynamic: bool) -> None:
-    model, images = model_of(family)
-    expected = ouro.compile(model, images[:2], ouro.W8A8, calibration=images)
+    model, images, expected = model_of(family)
     compiled = torch.compile(
         model,
         backend="ouro",
         fullgraph=True,
-        dynamic=dynamic,
         options={"config": "w8a8", "calibration": images, "inner": "eager"},
     )
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # such as: returned as it was
-        assert torch.equal(compiled(images[:3]), expected(images[:3]))
+        first = images[:3].clone()
         if dynamic:
-            assert torch.equal(compiled(images), expected(images))
+            torch._dynamo.mark_dynamic(first, 0)
+        assert torch.equal(compiled(first), expected[:3])
+        if dynamic:
+            # Not more images: PyTorch's own convolutions guard on a CPU for fewer than 16 rows.
+            with torch.compiler.set_stance("fail_on_recompile"):
+                assert torch.equal(compiled(images[:2]), expected[:2])
 
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_autocast_is_refused(family: str) -> None:
-    model, images = model_of(family)
+    model, images, _ = model_of(family)
     compiled = torch.compile(
         model, backend="ouro", options={"calibration": images, "inner": "eager"}
     )

@@ -824,7 +824,7 @@ def test_refuses_another_threshold() -> None:
 def test_sixteen_bit_outliers_need_x_to_dequantize() -> None:
     x, scale = _heavy(42, 2, 5, 4), torch.ones(5)
     codes, outlier_scale, start = quantize(x, scale, None, 8 * scale, 4, 16, 2, False)
-    with pytest.raises(ValueError, match="outlier_bits 16 reads x: pass it"):
+    with pytest.raises(ValueError, match=r"outlier_bits 16 reads x \(B, L, K\): pass it"):
         dequantize(codes, scale, None, outlier_scale, start, None, 4, 16, 2, False)
 
 

@@ -251,4 +251,4 @@ def test_layers_are_never_called_like_a_parameter() -> None:
     images = randn(2, 4, 6, 3, 3)
     compiled = ouro.compile(StackedAtTheTop(), images[:2], ouro.W8A8, calibration=images)
     names = [row["name"] for row in compiled.report["layers"]["rows"]]
-    assert names == ["value_1", "mixing_linear", "value_0"]
+    assert names == ["value_1", "mixing_layer", "value_0"]
