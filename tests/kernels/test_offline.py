@@ -86,7 +86,7 @@ def test_linear(
         assert product.matrix.endswith("s32.s8.s8.s32")
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", [80, 90])
 def test_linear_with_every_epilogue(arch: int) -> None:
     for activation in ("silu", "softplus"):
         launches = recorded(
@@ -97,7 +97,7 @@ def test_linear_with_every_epilogue(arch: int) -> None:
         assert compiled(launches, arch)[1].registers <= 224
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("packed", [True, False])
 def test_linear_with_fp32_outliers(packed: bool, arch: int) -> None:
     for shape in ((384, 768), (384, 44)):
@@ -132,7 +132,7 @@ def test_scan(states: int, cap: int, dtype: torch.dtype) -> None:
             assert found.loops[0] <= 136 * 1.1
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", [80, 90])
 def test_scan_variants_and_conv(arch: int) -> None:
     for options in ({"whole": True}, {"reverse": True}, {"groups": 4}):
         found = compiled(recorded(lambda options=options: scan_case(384, 16, **options)), arch)  # type: ignore[misc]
