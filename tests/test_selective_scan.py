@@ -180,7 +180,7 @@ def test_chunks_change_nothing(
     monkeypatch.setattr(chunked_scan, "_CHUNK_ELEMENTS", steps * per_step)
     assert_close(chunked_scan.selective_scan_chunked(**inputs, reverse=reverse), expected, ROUNDING)
     assert torch.equal(
-        op(**inputs, reverse=reverse),
+        module.selective_scan_implementation(**inputs, reverse=reverse),
         chunked_scan.selective_scan_chunked(**inputs, reverse=reverse),
     )
 

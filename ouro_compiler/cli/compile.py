@@ -163,7 +163,7 @@ def _precompile(request: CompileRequest, compiled: CompiledModel) -> list[dict[s
     from ouro_compiler.kernels.plan import distinct_launches, plan_kernels
 
     assert request.precompile is not None
-    launches = distinct_launches(plan_kernels(compiled.graph_module))
+    launches = distinct_launches(plan_kernels(compiled.graph_module, "cuda"))
     architectures = parse_architectures(request.precompile)
     rows = []
     with progress_bars(request.quiet) as progress:

@@ -75,10 +75,8 @@ def _artefact(path: Path) -> _Subject:
     manifest = compiled.manifest
     report = manifest["report"]
     header = {key: value for key, value in manifest.items() if key != "report"}
-    kernels = {row["name"]: row["kernel"] for row in report["layers"]["rows"] if row["kernel"]}
-    if compiled.target == "cuda":
-        plans = plan_kernels(compiled.graph_module)
-        kernels = {plan.node.name: plan.kernel for plan in plans}
+    plans = plan_kernels(compiled.graph_module, compiled.target)
+    kernels = {plan.node.name: plan.kernel for plan in plans}
     return _Subject(
         gm=compiled.graph_module,
         header={**header, "report": report},

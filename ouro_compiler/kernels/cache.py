@@ -1,4 +1,4 @@
-"""The private cache of generated sources: one file a kernel, named by the sha256 of its text.
+"""The private cache of generated code; Triton sources in it are named by the sha256 of their text.
 
 Triton reads a kernel's source back from a file, so it must be on disk; what is executed are the
 bytes that were verified, not whatever the file holds a moment later.
@@ -24,14 +24,16 @@ from ouro_compiler.kernels.spec import KernelSpec
 logger = logging.getLogger(__name__)
 
 
-def cache_directory() -> Path:
-    """Where sources go: $OURO_CACHE_DIR, else ouro_compiler in the user's cache; made private.
+def cache_directory(kind: str) -> Path:
+    """A folder for code of one kind ("triton", "cpp"); made private.
+
+    It is in $OURO_CACHE_DIR, else in ouro_compiler in the user's cache.
 
     Raises CacheError if it cannot be made, belongs to somebody else or others may write to it.
     """
     chosen = os.environ.get("OURO_CACHE_DIR")
     root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    path = Path(chosen or os.path.join(root, "ouro_compiler")).expanduser() / "triton"
+    path = Path(chosen or os.path.join(root, "ouro_compiler")).expanduser() / kind
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = path.lstat()
@@ -58,7 +60,7 @@ def write_source(text: str) -> Path:
     """Put a source into the cache; returns its path. A file with other content is replaced."""
     content = text.encode()
     digest = hashlib.sha256(content).hexdigest()
-    path = cache_directory() / f"{digest}.py"
+    path = cache_directory("triton") / f"{digest}.py"
     if path.exists():
         if hashlib.sha256(path.read_bytes()).hexdigest() == digest:
             return path

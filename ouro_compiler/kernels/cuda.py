@@ -1,38 +1,25 @@
 """CUDA implementations of `torch.ops.ouro.*`: importing this module registers them.
 
-An operator's arguments either have a kernel or a reason why not; then the reference runs and a
-warning says so. `IMPLEMENTATIONS` is what lowering asks the same question ahead of time.
+`IMPLEMENTATIONS` is what lowering asks ahead of time which kernel runs.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ouro_compiler.kernels import linear, quantize, scan
+from ouro_compiler.kernels.dispatch import Implementation, register
 from ouro_compiler.ops import fused
 from ouro_compiler.ops.causal_conv1d import causal_conv1d_ref
-from ouro_compiler.ops.library import LIBRARY
 from ouro_compiler.ops.linear import linear_dynamic_outlier_ref
 from ouro_compiler.ops.quantize import (
     dequantize_dynamic_outlier_ref,
     quantize_dynamic_outlier_ref,
 )
 from ouro_compiler.ops.selective_scan import selective_scan_implementation
-
-
-@dataclass(frozen=True)
-class Implementation:
-    """A kernel, the reference it replaces, and why it would not take some arguments (or None)."""
-
-    kernel: Callable[..., Any]
-    reference: Callable[..., Any]
-    refuse: Callable[..., str | None]
 
 
 def _refuse_rows(x: Tensor, *_args: Any) -> str | None:
@@ -85,25 +72,4 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
 }
 
 
-class ReferenceWarning(UserWarning):
-    """An operator ran its reference on a GPU, for the reason given."""
-
-
-def _dispatching(name: str, found: Implementation) -> Callable[..., Any]:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        reason = found.refuse(*args, **kwargs)
-        if reason is None:
-            return found.kernel(*args, **kwargs)
-        warnings.warn(f"ouro::{name} runs its reference: {reason}", ReferenceWarning, stacklevel=2)
-        return found.reference(*args, **kwargs)
-
-    return run
-
-
-def register(device: str, library: torch.library.Library = LIBRARY) -> None:
-    """Register every implementation for a dispatch key ("CUDA"; "CPU" where Triton interprets)."""
-    for name, found in IMPLEMENTATIONS.items():
-        library.impl(name, _dispatching(name, found), device)
-
-
-register("CUDA")
+register("CUDA", IMPLEMENTATIONS)

@@ -53,6 +53,18 @@ def record_launches() -> Iterator[Recording]:
         _RECORDING.reset(token)
 
 
+def current_recording() -> Recording | None:
+    """What is being recorded, if anything is."""
+    return _RECORDING.get()
+
+
+def note_copy(name: str, reason: str) -> None:
+    """Record that an operand is copied before a kernel can read it."""
+    recording = _RECORDING.get()
+    if recording is not None:
+        recording.copies.append(f"{name} is copied: {reason}")
+
+
 def launch(spec: KernelSpec, grid: tuple[int, int, int], *args: Any) -> None:
     """Launch on the current stream of the first tensor's device, or record.
 
@@ -81,9 +93,7 @@ def contiguous(tensor: Tensor, name: str) -> Tensor:
     """A contiguous form of an operand; a copy is recorded."""
     if tensor.is_contiguous():
         return tensor
-    recording = _RECORDING.get()
-    if recording is not None:
-        recording.copies.append(f"{name} is copied: it is not contiguous")
+    note_copy(name, "it is not contiguous")
     return tensor.contiguous()
 
 

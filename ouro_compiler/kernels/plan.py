@@ -1,8 +1,8 @@
-"""Which kernels a graph runs on a GPU, found by running it on fake tensors. Needs neither."""
+"""Which kernels a graph runs on a target, found by running it on fake tensors. Needs no GPU."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +10,15 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ouro_compiler.kernels.cuda import IMPLEMENTATIONS
+from ouro_compiler.config import Target
+from ouro_compiler.kernels import cpu, cuda
+from ouro_compiler.kernels.dispatch import Implementation
 from ouro_compiler.kernels.launch import Launch, record_launches
 
+IMPLEMENTATIONS: Mapping[Target, Mapping[str, Implementation]] = {
+    "cpu": cpu.IMPLEMENTATIONS,
+    "cuda": cuda.IMPLEMENTATIONS,
+}
 NO_KERNEL = "no kernel is generated for this operator"
 
 
@@ -32,7 +38,7 @@ class KernelPlan:
         return self.launches[-1].spec.label if self.launches else "reference"
 
 
-def plan_kernels(gm: fx.GraphModule, batch: int = 1) -> list[KernelPlan]:
+def plan_kernels(gm: fx.GraphModule, target: Target, batch: int = 1) -> list[KernelPlan]:
     """A plan for every `ouro` node of a graph of one input (B, ...), in graph order.
 
     Kernels do not depend on the batch; `batch` only gives the fake tensors a size.
@@ -42,7 +48,7 @@ def plan_kernels(gm: fx.GraphModule, batch: int = 1) -> list[KernelPlan]:
     mode = FakeTensorMode()
     with mode, torch.no_grad():
         images = torch.empty([batch, *map(int, like.shape[1:])], dtype=like.dtype)
-        planner = _Planner(gm, mode)
+        planner = _Planner(gm, mode, IMPLEMENTATIONS[target])
         planner.run(images, enable_io_processing=False)
     return planner.plans
 
@@ -58,9 +64,14 @@ def distinct_launches(plans: Iterable[KernelPlan]) -> list[Launch]:
 
 
 class _Planner(fx.Interpreter):
-    def __init__(self, gm: fx.GraphModule, mode: FakeTensorMode) -> None:
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        mode: FakeTensorMode,
+        implementations: Mapping[str, Implementation],
+    ) -> None:
         super().__init__(gm)
-        self.mode = mode
+        self.mode, self.implementations = mode, implementations
         self.plans: list[KernelPlan] = []
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -71,18 +82,19 @@ class _Planner(fx.Interpreter):
         target = n.target
         if isinstance(target, torch._ops.OpOverload) and target.namespace == "ouro":
             args, kwargs = self.fetch_args_kwargs_from_env(n)
-            self.plans.append(_plan(n, target, args, kwargs))
+            self.plans.append(self._plan(n, target, args, kwargs))
         return super().run_node(n)
 
-
-def _plan(node: fx.Node, target: torch._ops.OpOverload, args: Any, kwargs: Any) -> KernelPlan:
-    name = target._schema.name.removeprefix("ouro::")
-    found = IMPLEMENTATIONS.get(name)
-    reason = NO_KERNEL if found is None else found.refuse(*args, **kwargs)
-    if found is None or reason is not None:
-        return KernelPlan(node=node, op=name, reason=reason)
-    with record_launches() as recording:
-        found.kernel(*args, **kwargs)
-    return KernelPlan(
-        node=node, op=name, launches=tuple(recording.launches), copies=tuple(recording.copies)
-    )
+    def _plan(
+        self, node: fx.Node, target: torch._ops.OpOverload, args: Any, kwargs: Any
+    ) -> KernelPlan:
+        name = target._schema.name.removeprefix("ouro::")
+        found = self.implementations.get(name)
+        reason = NO_KERNEL if found is None else found.refuse(*args, **kwargs)
+        if found is None or reason is not None:
+            return KernelPlan(node=node, op=name, reason=reason)
+        with record_launches() as recording:
+            found.kernel(*args, **kwargs)
+        return KernelPlan(
+            node=node, op=name, launches=tuple(recording.launches), copies=tuple(recording.copies)
+        )

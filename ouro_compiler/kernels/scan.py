@@ -19,8 +19,8 @@ def refuse_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> st
     for tensor in (u, delta, A, B, C):
         if tensor.dtype not in FLOATS:
             return f"kernels scan fp16, bf16 and fp32, got {tensor.dtype}"
-    if A.shape[1] > _MAX_STATES:
-        return f"{A.shape[1]} states a channel do not fit a lane's registers"
+    if A.shape[-1] > _MAX_STATES:
+        return f"{A.shape[-1]} states a channel do not fit a lane's registers"
     return None
 
 

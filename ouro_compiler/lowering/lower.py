@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import fx
@@ -61,29 +61,14 @@ def kernel_rows(gm: fx.GraphModule, target: Target) -> tuple[list[KernelRow], di
     """What runs the graph's ouro ops on the target: rows by kind, and kernels by layer."""
     rows: dict[tuple[str, str, str | None], KernelRow] = {}
     by_layer: dict[str, str] = {}
-    for node, op, kernel, reason in _on_cpu(gm) if target == "cpu" else _on_cuda(gm):
+    for plan in plan_kernels(gm, target):
+        reason = "; ".join([*([plan.reason] if plan.reason else []), *plan.copies]) or None
         row = rows.setdefault(
-            (op, kernel, reason), KernelRow(op=op, kernel=kernel, nodes=0, reason=reason)
+            (plan.op, plan.kernel, reason),
+            KernelRow(op=plan.op, kernel=plan.kernel, nodes=0, reason=reason),
         )
         row.nodes += 1
-        layer = node.meta.get("ouro_layer")
-        if layer is not None and is_op(node, _LINEAR, _SCAN):
-            by_layer[layer] = kernel
+        layer = plan.node.meta.get("ouro_layer")
+        if layer is not None and is_op(plan.node, _LINEAR, _SCAN):
+            by_layer[layer] = plan.kernel
     return list(rows.values()), by_layer
-
-
-_Served = tuple[fx.Node, str, str, str | None]  # node, op, kernel, reason
-
-
-def _on_cpu(gm: fx.GraphModule) -> Iterator[_Served]:
-    for node in gm.graph.nodes:
-        target = node.target
-        if isinstance(target, torch._ops.OpOverload) and target.namespace == "ouro":
-            name = target._schema.name.removeprefix("ouro::")
-            yield node, name, "reference", "no kernels are generated for CPUs yet"
-
-
-def _on_cuda(gm: fx.GraphModule) -> Iterator[_Served]:
-    for plan in plan_kernels(gm):
-        reasons = [*([plan.reason] if plan.reason else []), *plan.copies]
-        yield plan.node, plan.op, plan.kernel, "; ".join(reasons) or None

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-import ouro_compiler.kernels.cuda  # noqa: F401  (registers the kernels for CUDA)
+import ouro_compiler.kernels.cpu  # importing them registers the kernels for CPU and CUDA
+import ouro_compiler.kernels.cuda  # noqa: F401
+from ouro_compiler.config import Target
 from ouro_compiler.errors import DeviceError, UsageError
 
 
@@ -44,7 +46,7 @@ class CompiledModel(nn.Module):
         return self.manifest["report"]
 
     @property
-    def target(self) -> str:
+    def target(self) -> Target:
         """The device it was compiled for: "cpu" or "cuda"."""
         return self.manifest["target"]
 

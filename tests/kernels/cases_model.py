@@ -16,7 +16,8 @@ from ouro_compiler.config import QuantConfig
 from ouro_compiler.evaluation import snr_db
 from ouro_compiler.graph import is_op
 from ouro_compiler.kernels import launch
-from ouro_compiler.kernels.cuda import ReferenceWarning, register
+from ouro_compiler.kernels.cuda import IMPLEMENTATIONS
+from ouro_compiler.kernels.dispatch import ReferenceWarning, register
 from ouro_compiler.ops import QUANTIZERS
 from ouro_compiler.ops.causal_conv1d import causal_conv1d_ref
 from tests.helpers import randn
@@ -36,7 +37,7 @@ def kernels_on(device: str) -> Iterator[None]:
         yield
         return
     library = torch.library.Library("ouro", "IMPL")
-    register("CPU", library)
+    register("CPU", IMPLEMENTATIONS, library)
     try:
         yield
     finally:

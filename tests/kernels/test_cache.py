@@ -26,14 +26,14 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_directory_is_made_private(place: Path) -> None:
-    assert cache_directory() == place
+    assert cache_directory("triton") == place
     assert stat.S_IMODE(place.stat().st_mode) == 0o700
 
 
 def test_default_is_in_the_users_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OURO_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert cache_directory() == tmp_path / "xdg" / "ouro_compiler" / "triton"
+    assert cache_directory("triton") == tmp_path / "xdg" / "ouro_compiler" / "triton"
 
 
 def test_files_are_named_by_their_hash_and_private(place: Path) -> None:
@@ -71,7 +71,7 @@ def test_changed_file_is_written_again(caplog: pytest.LogCaptureFixture) -> None
 
 @pytest.mark.parametrize("mode", [0o770, 0o707, 0o777])
 def test_directory_that_others_can_write_is_refused(place: Path, mode: int) -> None:
-    cache_directory()
+    cache_directory("triton")
     place.chmod(mode)
     with pytest.raises(CacheError, match=r"can be written by others.*OURO_CACHE_DIR"):
         write_source(TEXT)
@@ -79,7 +79,7 @@ def test_directory_that_others_can_write_is_refused(place: Path, mode: int) -> N
 
 
 def test_directory_of_another_user_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache_directory()
+    cache_directory("triton")
     monkeypatch.setattr(os, "getuid", lambda: place.stat().st_uid + 1)
     with pytest.raises(CacheError, match="belongs to another user"):
         write_source(TEXT)
@@ -97,7 +97,7 @@ def test_place_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("OURO_CACHE_DIR", str(tmp_path / "file"))
     with pytest.raises(CacheError, match=r"cannot use .*: set OURO_CACHE_DIR"):
-        cache_directory()
+        cache_directory("triton")
     assert CacheError.exit_code == 2
 
 

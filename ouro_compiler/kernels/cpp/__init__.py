@@ -1,0 +1,1 @@
+"""The CPU target: C++ generated from templates, compiled by the machine's compiler."""

@@ -1,0 +1,88 @@
+// Element types of tensors in memory, and vectors to and from them. Everything computes in fp32.
+#pragma once
+#include "vector.h"
+
+// Codes of dtypes in constants and arguments; DTYPES in kernels/cpp/launch.py.
+constexpr int FP32 = 0, BF16 = 1, FP16 = 2;
+
+template <int DTYPE> struct element;
+template <> struct element<FP32> { typedef float type; };
+template <> struct element<BF16> { typedef uint16_t type; };
+template <> struct element<FP16> { typedef _Float16 type; };
+
+template <int DTYPE> using stored = typename element<DTYPE>::type;
+
+typedef uint16_t half_bits __attribute__((vector_size(LANES * 2)));
+typedef uint32_t word_bits __attribute__((vector_size(LANES * 4)));
+typedef _Float16 half_vec __attribute__((vector_size(LANES * 2)));
+
+template <int DTYPE> static inline vec load(const stored<DTYPE>* p) {
+    if constexpr (DTYPE == FP32) {
+        vec r;
+        memcpy(&r, p, sizeof r);
+        return r;
+    } else if constexpr (DTYPE == BF16) {
+        half_bits h;
+        memcpy(&h, p, sizeof h);
+        return (vec)(__builtin_convertvector(h, word_bits) << 16);
+    } else {
+        half_vec h;
+        memcpy(&h, p, sizeof h);
+        return __builtin_convertvector(h, vec);
+    }
+}
+
+template <int DTYPE> static inline void store(stored<DTYPE>* p, vec x) {
+    if constexpr (DTYPE == FP32) {
+        memcpy(p, &x, sizeof x);
+    } else if constexpr (DTYPE == BF16) {  // half to even
+        word_bits w = (word_bits)x;
+        word_bits rounded = (w + 0x7fff + ((w >> 16) & 1)) >> 16;
+        half_bits h = __builtin_convertvector(x == x ? rounded : word_bits{} + 0x7fc0, half_bits);
+        memcpy(p, &h, sizeof h);
+    } else {
+        half_vec h = __builtin_convertvector(x, half_vec);
+        memcpy(p, &h, sizeof h);
+    }
+}
+
+// The first `count` elements only; the other lanes are 0.
+template <int DTYPE> static inline vec load(const stored<DTYPE>* p, int count) {
+    if (count >= LANES) return load<DTYPE>(p);
+    stored<DTYPE> part[LANES] = {};
+    for (int i = 0; i < count; i++) part[i] = p[i];
+    return load<DTYPE>(part);
+}
+
+template <int DTYPE> static inline void store(stored<DTYPE>* p, vec x, int count) {
+    if (count >= LANES) return store<DTYPE>(p, x);
+    stored<DTYPE> part[LANES];
+    store<DTYPE>(part, x);
+    for (int i = 0; i < count; i++) p[i] = part[i];
+}
+
+template <int DTYPE> static inline float to_float(stored<DTYPE> x) {
+    if constexpr (DTYPE == BF16) {
+        uint32_t w = uint32_t(x) << 16;
+        float r;
+        memcpy(&r, &w, 4);
+        return r;
+    } else {
+        return float(x);
+    }
+}
+
+// An element of a tensor whose dtype is known only at run time: parameters, read once a block.
+static inline float read(const void* p, int64_t dtype, int64_t i) {
+    if (dtype == FP32) return ((const float*)p)[i];
+    if (dtype == BF16) return to_float<BF16>(((const uint16_t*)p)[i]);
+    return to_float<FP16>(((const _Float16*)p)[i]);
+}
+
+// Lanes first, first + 1, ... of such a tensor with a stride; 0 beyond `count`, or without one.
+static inline vec read_lanes(const void* p, int64_t dtype, int64_t first, int64_t stride, int count) {
+    vec r = {};
+    if (p)
+        for (int i = 0; i < LANES && i < count; i++) r[i] = read(p, dtype, first + i * stride);
+    return r;
+}

@@ -1,0 +1,139 @@
+// ouro::selective_scan: the recurrence of Mamba-1, one direction (ops/selective_scan.py).
+//
+// Parallel over (sample, group, channels): a task owns LANES channels and walks through time, so
+// that a result depends neither on the number of threads nor on the other samples. Time is cut into
+// tiles that stay in the first cache; inside one, a few states at a time are kept in registers.
+#include "memory.h"
+#include <algorithm>
+
+constexpr int TILE = 64;
+#if defined(__AVX512F__)
+constexpr int STATES_AT_ONCE = STATES < 8 ? STATES : 8;
+#else
+constexpr int STATES_AT_ONCE = STATES < 4 ? STATES : 4;
+#endif
+
+struct Scan {
+    const stored<DTYPE_U>* u;
+    const stored<DTYPE_DELTA>* delta;
+    const stored<DTYPE_U>* z;
+    stored<DTYPE_U>* y;
+    int64_t su_l, sd_l, sz_l, sy_l;
+    const stored<DTYPE_BC>*B, *C;
+    int64_t sb_n, sb_l, sc_n, sc_l;
+};
+
+// B or C of tokens first .. first + count as fp32 rows of STATES; in place where it already is that.
+template <int DTYPE>
+static inline const float* rows(const stored<DTYPE>* m, int64_t s_n, int64_t s_l, int64_t first,
+                                int count, float* buffer, int64_t& step) {
+    if constexpr (DTYPE == FP32) {
+        if (s_n == 1) {
+            step = s_l;
+            return m + first * s_l;
+        }
+    }
+    for (int t = 0; t < count; t++)
+        for (int n = 0; n < STATES; n++)
+            buffer[t * STATES + n] = to_float<DTYPE>(m[(first + t) * s_l + n * s_n]);
+    step = STATES;
+    return buffer;
+}
+
+// DECAYS: no exponent is positive, so exponentials need no upper bound.
+template <int COUNT, bool DECAYS>
+static inline void states(const vec* a, vec* h, const vec* dt, const vec* dx, vec* acc,
+                          const float* b, int64_t sb, const float* c, int64_t sc, int count) {
+    vec state[COUNT];
+    for (int n = 0; n < COUNT; n++) state[n] = h[n];
+    for (int i = 0; i < count; i++) {
+        const int t = REVERSE ? count - 1 - i : i;
+        const vec step = dt[t], input = dx[t];
+        vec sum = acc[t];
+#pragma GCC unroll 8
+        for (int n = 0; n < COUNT; n++) {
+            const vec exponent = step * a[n];
+            const vec decay = DECAYS ? exp2_below_128(exponent) : exp2(exponent);
+            state[n] = fma(decay, state[n], input * b[t * sb + n]);
+            sum = fma(state[n], all(c[t * sc + n]), sum);
+        }
+        acc[t] = sum;
+    }
+    for (int n = 0; n < COUNT; n++) h[n] = state[n];
+}
+
+template <bool DECAYS>
+static void all_states(const vec* a, vec* h, const vec* dt, const vec* dx, vec* acc, const float* b,
+                       int64_t sb, const float* c, int64_t sc, int count) {
+    int n = 0;
+    for (; n + STATES_AT_ONCE <= STATES; n += STATES_AT_ONCE)
+        states<STATES_AT_ONCE, DECAYS>(a + n, h + n, dt, dx, acc, b + n, sb, c + n, sc, count);
+    for (; n < STATES; n++)
+        states<1, DECAYS>(a + n, h + n, dt, dx, acc, b + n, sb, c + n, sc, count);
+}
+
+static void scan(const Scan& s, const vec* a, vec skip, vec bias, bool softplus_delta, int64_t length,
+                 int lanes) {
+    vec h[STATES] = {};
+    vec dt[TILE], dx[TILE], acc[TILE];
+    float b_buffer[TILE * STATES], c_buffer[TILE * STATES];
+    ivec positive = {};
+    for (int n = 0; n < STATES; n++) positive |= ~(a[n] <= 0);
+    const int64_t tiles = (length + TILE - 1) / TILE;
+    for (int64_t i = 0; i < tiles; i++) {
+        const int64_t first = (REVERSE ? tiles - 1 - i : i) * TILE;
+        const int count = int(std::min<int64_t>(TILE, length - first));
+        ivec grows = positive;
+        for (int t = 0; t < count; t++) {
+            vec step = load<DTYPE_DELTA>(s.delta + (first + t) * s.sd_l, lanes) + bias;
+            if (softplus_delta) step = softplus(step);
+            const vec x = load<DTYPE_U>(s.u + (first + t) * s.su_l, lanes);
+            grows |= ~(step >= 0);
+            dt[t] = step;
+            dx[t] = step * x;
+            acc[t] = skip * x;
+        }
+        int64_t sb, sc;
+        const float* b = rows<DTYPE_BC>(s.B, s.sb_n, s.sb_l, first, count, b_buffer, sb);
+        const float* c = rows<DTYPE_BC>(s.C, s.sc_n, s.sc_l, first, count, c_buffer, sc);
+        if (any(grows))
+            all_states<false>(a, h, dt, dx, acc, b, sb, c, sc, count);
+        else
+            all_states<true>(a, h, dt, dx, acc, b, sb, c, sc, count);
+        for (int t = 0; t < count; t++) {
+            vec y = acc[t];
+            if (s.z) y *= silu(load<DTYPE_U>(s.z + (first + t) * s.sz_l, lanes));
+            store<DTYPE_U>(s.y + (first + t) * s.sy_l, y, lanes);
+        }
+    }
+}
+
+extern "C" void selective_scan(
+    const void* u, int64_t su_b, int64_t su_l, const void* delta, int64_t sd_b, int64_t sd_l,
+    const void* z, int64_t sz_b, int64_t sz_l, const void* A, int64_t A_dtype, const void* B,
+    int64_t sb_b, int64_t sb_g, int64_t sb_n, int64_t sb_l, const void* C, int64_t sc_b,
+    int64_t sc_g, int64_t sc_n, int64_t sc_l, const void* D, int64_t D_dtype, const void* delta_bias,
+    int64_t bias_dtype, int64_t delta_softplus, void* y, int64_t batch, int64_t channels,
+    int64_t groups, int64_t length, int64_t threads) {
+    const int64_t in_group = channels / groups, blocks = (in_group + LANES - 1) / LANES;
+    const int64_t tasks = batch * groups * blocks;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t task = 0; task < tasks; task++) {
+        const int64_t sample = task / (groups * blocks), group = task / blocks % groups;
+        const int64_t first = task % blocks * LANES, d = group * in_group + first;
+        const int lanes = int(std::min<int64_t>(LANES, in_group - first));
+        vec a[STATES];
+        for (int n = 0; n < STATES; n++)
+            a[n] = read_lanes(A, A_dtype, d * STATES + n, STATES, lanes) * LOG2E;
+        Scan s = {(const stored<DTYPE_U>*)u + sample * su_b + d,
+                  (const stored<DTYPE_DELTA>*)delta + sample * sd_b + d,
+                  z ? (const stored<DTYPE_U>*)z + sample * sz_b + d : nullptr,
+                  (stored<DTYPE_U>*)y + sample * length * channels + d,
+                  su_l, sd_l, sz_l, channels,
+                  (const stored<DTYPE_BC>*)B + sample * sb_b + group * sb_g,
+                  (const stored<DTYPE_BC>*)C + sample * sc_b + group * sc_g,
+                  sb_n, sb_l, sc_n, sc_l};
+        scan(s, a, read_lanes(D, D_dtype, d, 1, lanes), read_lanes(delta_bias, bias_dtype, d, 1, lanes),
+             delta_softplus, length, lanes);
+    }
+}
