@@ -16,12 +16,13 @@ _STRIDED = frozenset({aten.as_strided.default, aten.view.dtype, aten.view_as_com
 _MAY_RETURN_INPUT = frozenset({aten.dropout.default, aten.feature_dropout.default})
 
 
-def call(before: fx.Node, target: Any, *args: Any) -> fx.Node:
+def call(before: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
     """`insert_call` that also computes meta["val"], which later rules of the same pass read."""
-    node = insert_call(before.graph, before, target, *args)
-    values = fx.node.map_arg(tuple(args), lambda one: one.meta["val"])
+    node = insert_call(before.graph, before, target, *args, **kwargs)
+    values = fx.node.map_arg(node.args, lambda one: one.meta["val"])
+    named = fx.node.map_arg(node.kwargs, lambda one: one.meta["val"])
     with _fake_mode(before.graph), torch.no_grad():
-        node.meta["val"] = target(*values)
+        node.meta["val"] = target(*values, **named)
     return node
 
 
