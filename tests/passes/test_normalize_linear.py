@@ -156,6 +156,21 @@ def test_grouped_conv1d_is_one_linear_a_group(bias: bool) -> None:
     assert [value_of(one.args[0]).shape[1:] for one in calls(gm, LINEAR)] == [(9, 4), (9, 4)]
 
 
+@pytest.mark.parametrize(("inputs", "results"), [(1, 3), (4, 1)])
+def test_groups_of_one_channel_in_or_out(inputs: int, results: int) -> None:
+    """VMamba's dt_proj of rank 1 is no depthwise convolution, nor are projections to one value."""
+    gm = assert_pass(
+        normalize_linear,
+        Written(lambda m, x: m.c(x), c=nn.Conv1d(2 * inputs, 2 * results, 1, groups=2)),
+        CHANNELS_FIRST[:, : 2 * inputs],
+        before={aten.conv1d.default: 1},
+        after={aten.conv1d.default: 0, LINEAR: 2},
+        tolerance=TOLERANCE,
+    )
+    shapes = [value_of(one.args[1]).shape for one in calls(gm, LINEAR)]
+    assert shapes == [(results, inputs)] * 2
+
+
 def test_parts_of_one_parameter_are_weights() -> None:
     """VMamba's cascade: two of four directions at a time, and one alone."""
     gm = assert_pass(
@@ -259,6 +274,10 @@ NEAR_MISSES: dict[str, tuple[nn.Module, Tensor]] = {
     ),
     "depthwise, four taps": (
         Written(lambda m, x: m.c(x), c=nn.Conv1d(8, 8, 4, groups=8, padding=3)),
+        CHANNELS_FIRST,
+    ),
+    "one channel a group, three taps": (
+        Written(lambda m, x: m.c(x), c=nn.Conv1d(8, 16, 3, groups=8, padding=1)),
         CHANNELS_FIRST,
     ),
     "kernel of three": (Written(lambda m, x: m.c(x), c=nn.Conv2d(8, 6, 3, padding=1)), IMAGE),
