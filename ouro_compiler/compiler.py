@@ -5,55 +5,34 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from ouro_compiler.calibration.calibrate import Progress, calibrate
+from ouro_compiler.calibration.expand import expand_table
+from ouro_compiler.calibration.images import Images as Images
+from ouro_compiler.calibration.images import ResizedImages, image_of_other_resolution, shown
+from ouro_compiler.calibration.images import TensorImages as TensorImages
+from ouro_compiler.calibration.rows import site_rows
 from ouro_compiler.config import W4A4, Preprocessing, QuantConfig, Target
-from ouro_compiler.errors import RefusedLayerError, UsageError, VerificationError
+from ouro_compiler.errors import ModelError, RefusedLayerError, UsageError, VerificationError
 from ouro_compiler.evaluation import OutlierCounter, accuracy, run_batches, snr_db
 from ouro_compiler.frontend.capture import capture, export
-from ouro_compiler.graph import CalibrationTable, Site
 from ouro_compiler.lowering.lower import lower
 from ouro_compiler.passes import NORMALIZE, PIPELINE, QUANTIZE
 from ouro_compiler.passes.base import PassContext, pass_name, run_passes
 from ouro_compiler.recipes import ouromamba
-from ouro_compiler.report import LayerRow, Report, SiteRow
+from ouro_compiler.report import LayerRow, Report
 from ouro_compiler.runtime.artifact import build_manifest, checksum
 from ouro_compiler.runtime.compiled_model import CompiledModel
 from ouro_compiler.sizes import bytes_by_part
 
+Captured = tuple[fx.GraphModule, ouromamba.Plan]  # normalised and planned, by `prepare`
 RECIPES: dict[str, Callable[[fx.GraphModule, QuantConfig], ouromamba.Plan]] = {
     "ouromamba": ouromamba.plan,
 }
-
-
-class Images(Protocol):
-    """Calibration or verification images; `ouro_compiler.data` has the ready-made ones."""
-
-    description: str
-    labels: Tensor | None
-
-    def __len__(self) -> int: ...
-
-    def batches(self, size: int) -> Iterator[Tensor]: ...
-
-
-class TensorImages:
-    """A tensor (n, C, H, W) as Images."""
-
-    labels: Tensor | None = None
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor, self.description = tensor, f"{len(tensor)} images"
-
-    def __len__(self) -> int:
-        return len(self.tensor)
-
-    def batches(self, size: int) -> Iterator[Tensor]:
-        yield from self.tensor.split(size)
 
 
 def compile(
@@ -72,11 +51,13 @@ def compile(
     """Compile a model of one image tensor into a quantized CompiledModel.
 
     example_inputs: one batch (B, C, H, W), any B >= 1. calibration: images (n, C, H, W) in the
-    model's own normalisation. verify: images, with labels if there are any, on which accuracy and
+    model's own normalisation; of another resolution only with `inlier_scale` per_tensor, for models
+    that take both. verify: images, with labels if there are any, on which accuracy and
     logits SNR before and after are measured; without it they are measured on the calibration
     images.
     strict: raise RefusedLayerError when a layer that the recipe selected stays in floating point.
-    Raises UsageError without calibration images and ModelError if the model cannot be traced.
+    Raises UsageError without calibration images or for ones that do not fit, and ModelError if the
+    model cannot be traced.
     """
     if calibration is None:
         raise UsageError("calibration images are needed: pass calibration=")
@@ -86,6 +67,7 @@ def compile(
     with timed(report, "capture"):
         gm = capture(model, example)
         plan = prepare(gm, config)
+        captured = _capture_for(model, images, example, config, plan)
     program = quantize(
         gm,
         plan,
@@ -93,6 +75,7 @@ def compile(
         config,
         report,
         calibration=images,
+        calibrated=captured,
         verify=verify,
         target=target or "cpu",
         strict=strict,
@@ -113,6 +96,29 @@ def compile(
     return compiled
 
 
+def _capture_for(
+    model: nn.Module | torch.export.ExportedProgram,
+    images: Images,
+    example: Tensor,
+    config: QuantConfig,
+    plan: ouromamba.Plan,
+) -> Captured | None:
+    """The graph and plan to calibrate on images of another resolution than the example's."""
+    image = image_of_other_resolution(images, example.shape, config.activations.inlier_scale)
+    if image is None:
+        return None
+    theirs, ours = shown(image.shape[2:]), shown(example.shape[2:])
+    refusal = f"images of {theirs} cannot calibrate this model for {ours}"
+    if isinstance(model, torch.export.ExportedProgram):
+        raise UsageError(f"{refusal}: an exported program takes one resolution, so use {ours}")
+    try:
+        gm = capture(model, image)
+    except ModelError as error:
+        raise UsageError(f"{refusal}, since it does not run at {theirs} ({error})") from error
+    plan.notes.append(f"calibrated on images of {theirs}, compiled for {ours}")
+    return gm, prepare(gm, config)
+
+
 def prepare(gm: fx.GraphModule, config: QuantConfig) -> ouromamba.Plan:
     """Normalise a captured graph in place, and plan what the recipe does with each layer."""
     context = PassContext(config=config)
@@ -130,6 +136,7 @@ def quantize(
     report: Report,
     *,
     calibration: Images,
+    calibrated: Captured | None = None,
     verify: Images | None = None,
     target: Target = "cpu",
     strict: bool = False,
@@ -138,25 +145,30 @@ def quantize(
 ) -> torch.export.ExportedProgram:
     """Calibrate, quantize, lower and measure a prepared graph, filling the report.
 
-    gm and plan: what `prepare` left, edited in place. example: one batch (B, C, H, W). The other
-    arguments are those of compile(). Of a graph with several outputs the first is measured.
+    gm and plan: what `prepare` left, edited in place. example: one batch (B, C, H, W). calibrated:
+    the same of the calibration images' resolution, if it is another. The other arguments are those
+    of compile(). Of a graph with several outputs the first is measured.
     Raises UsageError for images that are not finite, RefusedLayerError under strict, and
     VerificationError for outputs that are not finite.
     """
     before = bytes_by_part(gm, as_half=True)
     with timed(report, "reference"):
-        measured = verify or calibration
+        resized = ResizedImages(calibration, example.shape[2:]) if calibrated else calibration
+        measured = verify or resized
         name = "verifying: floating point" if verify else "measuring: floating point"
         logits = _run(gm, measured, batch_size, name, progress)
     with timed(report, "calibrate"):
+        graph, found = calibrated or (gm, plan)
         table = calibrate(
-            gm,
-            plan.sites,
+            graph,
+            found.sites,
             config.activations,
             lambda: calibration.batches(batch_size),
             len(calibration),
             progress,
         )
+        if calibrated is not None:
+            table = expand_table(table, plan.sites)
     with timed(report, "quantize"):
         run_passes(gm, QUANTIZE, PassContext(config=config, sites=plan.sites, table=table))
         report.layers = plan.rows
@@ -168,7 +180,7 @@ def quantize(
         _fill_bytes(report, before, bytes_by_part(gm))
     with timed(report, "measure"):
         counter = _measure(program, report, measured, logits, batch_size, progress)
-        report.sites = _site_rows(plan.sites, table, config, counter.shares())
+        report.sites = site_rows(plan.sites, table, config, counter.shares())
         report.snr_data = measured.description
     return program
 
@@ -258,25 +270,6 @@ def _measure(
         report.accuracy_before = accuracy(reference, images.labels)
         report.accuracy_after = accuracy(logits, images.labels)
     return counter
-
-
-def _site_rows(
-    sites: Sequence[Site], table: CalibrationTable, config: QuantConfig, shares: dict[str, float]
-) -> list[SiteRow]:
-    rows: dict[str, SiteRow] = {}
-    for site in sites:
-        scale = table[site.name].scale
-        rows[site.name] = SiteRow(
-            name=site.name,
-            bits=site.bits,
-            outlier_bits=config.activations.outlier_bits,
-            reverse=site.reverse,
-            scale_min=float(scale.min()),
-            scale_median=float(scale.median()),
-            scale_max=float(scale.max()),
-            outlier_share=shares.get(site.name),
-        )
-    return list(rows.values())
 
 
 def _fill_bytes(report: Report, before: dict[str, int], stored: dict[str, int]) -> None:

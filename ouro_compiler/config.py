@@ -13,6 +13,7 @@ from ouro_compiler.errors import UsageError
 
 SsmCoverage = Literal["none", "params"]
 OutlierMode = Literal["none", "static", "dynamic"]
+InlierScale = Literal["per_time_step", "per_tensor"]
 Target = Literal["cpu", "cuda"]
 
 _BITS = (4, 6, 8)
@@ -32,12 +33,17 @@ class WeightSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class DynamicOutlierSpec:
-    """Activations: static inlier scales per time step, dynamic outlier lists (METHODS 3)."""
+    """Activations: static inlier scales, dynamic outlier lists (METHODS 3).
+
+    inlier_scale: one scale and threshold a time step, or one a site for all of them, which does not
+    depend on the resolution of the images.
+    """
 
     inlier_bits: int = 4
     outlier_bits: int = 8  # 16 keeps outliers in floating point
     refresh_period: int = 10  # tokens between resets of the outlier list
     outliers: OutlierMode = "dynamic"
+    inlier_scale: InlierScale = "per_time_step"
     kappa: float = 3.0  # outliers exceed mean + kappa standard deviations of a token
     kappa_delta: float = 4.0  # the same for the scan's delta before softplus
 
@@ -51,6 +57,10 @@ class DynamicOutlierSpec:
             raise UsageError(f"refresh_period must be at least 1, got {self.refresh_period}")
         if self.outliers not in typing.get_args(OutlierMode):
             raise UsageError(f"outliers must be none, static or dynamic, got {self.outliers!r}")
+        if self.inlier_scale not in typing.get_args(InlierScale):
+            raise UsageError(
+                f"inlier_scale must be per_time_step or per_tensor, got {self.inlier_scale!r}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

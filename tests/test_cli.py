@@ -126,12 +126,22 @@ def test_precompile_refuses_before_any_work(cli: Cli, args: tuple[str, ...], wor
 
 def test_cuda_artefact_needs_no_gpu(cli: Cli) -> None:
     args = ("--target", "cuda", "--calibration", "images.npz", "--ssm", "none")
-    result = cli("vim.safetensors", *args, "--outliers", "static", "-o", "c.pt2")
+    result = cli(
+        "vim.safetensors",
+        *args,
+        "--outliers",
+        "static",
+        "--inlier-scale",
+        "per-tensor",
+        "-o",
+        "c.pt2",
+    )
     assert result.code == 0, result.err
     manifest = ouro.load("c.pt2").manifest
     assert manifest["target"] == "cuda"
     assert manifest["config"]["ssm"] == "none"
     assert manifest["config"]["activations"]["outliers"] == "static"
+    assert manifest["config"]["activations"]["inlier_scale"] == "per_tensor"
 
 
 def test_dry_run_writes_nothing(cli: Cli) -> None:
@@ -266,7 +276,7 @@ def test_inspect_artefact_and_model(cli: Cli) -> None:
     assert all(0 <= n["outlier_share"] <= 1 for n in quantizers)
     model = ("inspect", "vim.safetensors", "--format", "json")
     plain = json.loads(cli(*model, entry=main).out)
-    assert plain["after"] == "fuse_direction_flips"
+    assert plain["after"] == "share_views"
     assert sum(n["op"] == "aten.linear" for n in plain["nodes"]) == 7
     after = json.loads(cli(*model, "--after", "insert_quantize_dequantize", entry=main).out)
     assert sum(n["op"] == "ouro.quantize_dynamic_outlier" for n in after["nodes"]) == 12

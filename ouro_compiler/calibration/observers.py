@@ -44,6 +44,7 @@ class SiteObserver:
     def __init__(self, site: Site, spec: DynamicOutlierSpec) -> None:
         self.site, self.spec = site, spec
         self.outliers = spec.outliers if site.split else "none"
+        self.pooled = spec.inlier_scale == "per_tensor"
         self.low = self.high = torch.empty(0)  # (L, K) in round 1, (L,) once ranges are frozen
         self.means: list[Tensor] = []
         self.deviations: list[Tensor] = []
@@ -70,6 +71,8 @@ class SiteObserver:
             self.low[:, self.channels] = float("inf")
             self.high[:, self.channels] = -float("inf")
         low, high = self.low.amin(1), self.high.amax(1)
+        if self.pooled:
+            low, high = low.amin().expand_as(low), high.amax().expand_as(high)
         empty = low > high  # every entry of the step was an outlier
         self.low, self.high = low.masked_fill(empty, 0.0), high.masked_fill(empty, 0.0)
         if not self.site.asymmetric:
@@ -90,18 +93,28 @@ class SiteObserver:
         self.histogram += counts.view_as(self.histogram)
 
     def qparams(self) -> QParams:
-        """Scales by clipping search; thresholds by median of mean + kappa deviations."""
+        """Scales by clipping search; thresholds by median of mean + kappa deviations.
+
+        One for all time steps: of all their values, and the median of their thresholds.
+        """
         bits, zero_point = self.site.bits, None
+        histogram, low, high = self.histogram, self.low, self.high
+        if self.pooled:  # the steps share one range
+            histogram, low, high = histogram.sum(0, keepdim=True), low[:1], high[:1]
         if self.site.asymmetric:
-            scale, zero_point = asymmetric_from_histogram(self.histogram, self.low, self.high, bits)
+            scale, zero_point = asymmetric_from_histogram(histogram, low, high, bits)
+            zero_point = zero_point.expand_as(self.low).clone()
         else:
-            scale = symmetric_from_histogram(self.histogram, self.high, bits)
+            scale = symmetric_from_histogram(histogram, high, bits)
+        scale = scale.expand_as(self.low).clone()
         middle, limit = inlier_interval(scale, zero_point, bits)
         threshold = torch.full_like(limit, float("inf"))
         if self.means:
             means, deviations = torch.cat(self.means), torch.cat(self.deviations)
             centre = means if middle is None else (means - middle).abs()
             bound = (centre + self.site.kappa * deviations).median(0).values
+            if self.pooled:
+                bound = bound.median()
             threshold = round_to_half(torch.maximum(bound, THRESHOLD_MARGIN * limit))
         return QParams(
             scale=scale, zero_point=zero_point, threshold=threshold, channels=self.channels

@@ -30,6 +30,7 @@ class CompileRequest:
     images: int
     ssm: Any
     outliers: Any
+    inlier_scale: Any
     target: Target | Any
     precompile: str | None
     include: tuple[str, ...]
@@ -49,7 +50,9 @@ class CompileRequest:
         preset = PRESETS[self.preset]
         return dataclasses.replace(
             preset,
-            activations=dataclasses.replace(preset.activations, outliers=self.outliers),
+            activations=dataclasses.replace(
+                preset.activations, outliers=self.outliers, inlier_scale=self.inlier_scale
+            ),
             ssm=self.ssm,
             include=self.include,
             exclude=self.exclude,

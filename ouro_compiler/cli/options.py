@@ -24,6 +24,13 @@ class Outliers(str, Enum):
     dynamic = "dynamic"
 
 
+class InlierScale(str, Enum):
+    """--inlier-scale"""
+
+    per_time_step = "per-time-step"
+    per_tensor = "per-tensor"
+
+
 class TargetName(str, Enum):
     """--target"""
 
@@ -65,6 +72,9 @@ Calibration = Annotated[
 Images = Annotated[int, typer.Option(min=1, help="calibration images at most")]
 SsmOption = Annotated[Ssm, typer.Option(help="operands of the scans to quantize")]
 OutliersOption = Annotated[Outliers, typer.Option(help="how outliers are found")]
+InlierScaleOption = Annotated[
+    InlierScale, typer.Option(help="static scales: one a time step, or one for all of them")
+]
 TargetOption = Annotated[TargetName, typer.Option(help="device it will run on")]
 Precompile = Annotated[
     str | None, typer.Option(help="compile its kernels now, for sm_80,sm_90 ... (--target cuda)")

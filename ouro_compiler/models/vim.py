@@ -195,7 +195,8 @@ class Vim(nn.Module):
         """(B, C, H, W) -> (B, L, D): patches, class token, positions."""
         size = self.config.img_size
         if images.shape[-2:] != (size, size):
-            raise ValueError(f"this Vim takes {size}x{size} images, got {tuple(images.shape)}")
+            height, width = images.shape[-2:]
+            raise ValueError(f"this Vim takes {size}x{size} images, got {height}x{width}")
         x = self.patch_embed(images)
         at = self.cls_index
         if at is not None:

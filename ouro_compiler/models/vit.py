@@ -99,7 +99,8 @@ class ViT(nn.Module):
         """Logits (B, num_classes)."""
         size = self.config.img_size
         if images.shape[-2:] != (size, size):
-            raise ValueError(f"this ViT takes {size}x{size} images, got {tuple(images.shape)}")
+            height, width = images.shape[-2:]
+            raise ValueError(f"this ViT takes {size}x{size} images, got {height}x{width}")
         x = self.patch_embed(images)
         x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1) + self.pos_embed
         for block in self.blocks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ouro_compiler.passes.base import Pass
+from ouro_compiler.passes.cancel_slices import cancel_slices
 from ouro_compiler.passes.fold_constants import fold_constants
 from ouro_compiler.passes.fold_delta_bias import fold_delta_bias
 from ouro_compiler.passes.fuse_dequantize_epilogue import fuse_dequantize_epilogue
@@ -15,17 +16,22 @@ from ouro_compiler.passes.raise_norm import raise_norm
 from ouro_compiler.passes.raise_scan_operator import raise_scan_operator
 from ouro_compiler.passes.raise_selective_scan import raise_selective_scan
 from ouro_compiler.passes.remove_noops import remove_noops
+from ouro_compiler.passes.share_views import share_views
+from ouro_compiler.passes.split_scan_groups import split_scan_groups
 
 NORMALIZE: tuple[Pass, ...] = (
     raise_scan_operator,  # before any other: the invariants hold from here on
     remove_noops,  # first: later patterns need not look through casts and dropout
     raise_selective_scan,  # before its unsqueezes and matmuls are rewritten as linears
     normalize_linear,  # before folding, while a layer's weight still has its own name
+    split_scan_groups,  # after `view` became `reshape`: its results lie otherwise in memory
+    cancel_slices,  # needs groups as concatenated linears and scans; leaves flips of directions
     fold_constants,  # reshaped weights and A = -exp(A_log) become constants
     fold_delta_bias,  # needs the linear behind delta
     raise_causal_conv1d,  # before flips: they turn its direction, not that of pad + conv + slice
     raise_norm,
-    fuse_direction_flips,  # last: it walks through the ops that the passes above made
+    fuse_direction_flips,  # late: it walks through the ops that the passes above made
+    share_views,  # last: views on either side of a dropped flip have become equal
 )
 QUANTIZE: tuple[Pass, ...] = (
     insert_quantize_dequantize,  # needs the calibrated table, so the graph must be normalised

@@ -134,7 +134,7 @@ def _from_conv1d(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     if found is None or not usable:
         return None
     (base, weight), groups = found
-    if groups > 1 and weight.shape[1] == 1:  # depthwise: a scale, not a linear layer
+    if 1 < groups == weight.shape[0] and weight.shape[1] == 1:  # depthwise: a scale a channel
         return None
     x = call(node, aten.transpose.int, all_arguments(node)[0], 1, 2)
     if groups == 1:

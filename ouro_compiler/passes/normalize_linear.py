@@ -3,6 +3,7 @@
 1. Products with a constant matrix become linears: matmul, mm, addmm, from either side.
 2. So do convolutions over one position (1x1 conv2d; conv1d of kernel 1, in groups or not) and
    einsums that contract one axis of a constant, with or without a group axis: one linear a group.
+   A group may have one input channel (VMamba's dt_proj of rank 1) if it has several results.
 3. A linear on any flattening or reordering of (B, ..., K) is computed on (B, L, K), which is a
    permutation of the flattening's source, and the rearrangement moves behind it. B is the one
    dynamic axis: samples, or windows of samples.
@@ -14,9 +15,10 @@
 Axes are followed symbolically (views.py). New parameters are called after the one they come from:
 `x_proj.weight_0` is the first group's part of `x_proj.weight`.
 
-Left alone: depthwise convolutions; products of two activations or two parameters; linears on
-(B, K), such as a head; linears on three dimensions whose first contains the batch; whatever cannot
-be proven for every batch; tensors that an op writes to in place.
+Left alone: depthwise convolutions (a group is one channel in and out); products of two activations
+or two parameters; linears on (B, K), such as a head; linears on three dimensions whose first
+contains the batch; whatever cannot be proven for every batch; tensors that an op writes to in
+place.
 """
 
 from __future__ import annotations
@@ -61,11 +63,16 @@ def normalize_linear(gm: fx.GraphModule, ctx: PassContext) -> bool:
     """Apply the rules of the module docstring; returns whether any did."""
     del ctx
     modified = _write_as_linears(gm)
-    modified = _Arranger(gm).run() or modified
+    modified = arrange_views(gm) or modified
     if modified:
         gm.graph.eliminate_dead_code()
         delete_unused_constants(gm)
     return modified
+
+
+def arrange_views(gm: fx.GraphModule) -> bool:
+    """Apply rules 3 to 5 alone, for passes that leave views behind; returns whether any did."""
+    return _Arranger(gm).run()
 
 
 def _write_as_linears(gm: fx.GraphModule) -> bool:

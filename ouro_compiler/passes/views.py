@@ -130,7 +130,7 @@ def follow_view(view: View, node: fx.Node) -> View | None:
 
 
 def axes_order(node: fx.Node, rank: int) -> list[int]:
-    """For each dimension of an op of PERMUTATIONS, the one of its input that it is."""
+    """The source's axes in the order in which a permutation of `rank` axes puts them."""
     order = list(range(rank))
     if node.target is aten.permute.default:
         return [axis % rank for axis in argument(node, "dims")]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
 
@@ -34,8 +34,8 @@ class CompiledModel(nn.Module):
         expected = list(self.manifest["input"]["shape"])
         if list(images.shape[1:]) != expected[1:] or images.dim() != len(expected):
             raise UsageError(
-                f"this model was compiled for images {['B', *expected[1:]]}, "
-                f"got {list(images.shape)}"
+                f"this model was compiled for images of {_shown(expected)}, got "
+                f"{_shown(images.shape)}: resize them, or compile for that resolution"
             )
         with torch.no_grad():
             return self.graph_module(images)
@@ -55,6 +55,13 @@ class CompiledModel(nn.Module):
         from ouro_compiler.runtime.artifact import save
 
         save(self, path)
+
+
+def _shown(shape: Sequence[int]) -> str:
+    """(2, 3, 32, 32) -> 32x32, 3 channels."""
+    if len(shape) != 4:
+        return f"shape ({', '.join(['B', *map(str, shape[1:])])})"
+    return f"{shape[2]}x{shape[3]}, {shape[1]} channels"
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
