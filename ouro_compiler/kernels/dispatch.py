@@ -26,6 +26,9 @@ class Implementation:
     refuse: Callable[..., str | None]
 
 
+_REGISTERED: dict[tuple[str, str], Callable[..., Any]] = {}
+
+
 class ReferenceWarning(UserWarning):
     """An operator ran its reference where there should be a kernel, for the reason given."""
 
@@ -51,4 +54,12 @@ def register(
 ) -> None:
     """Register implementations for a dispatch key: "CUDA" or "CPU". The latest ones count."""
     for name, found in implementations.items():
-        library.impl(name, _dispatching(name, found), device, allow_override=True)
+        function = _dispatching(name, found)
+        library.impl(name, function, device, allow_override=True)
+        if library is LIBRARY:
+            _REGISTERED[device, name] = function
+
+
+def function_on(device: str, name: str) -> Callable[..., Any] | None:
+    """What `torch.ops.ouro.<name>` calls on a device, to be called directly; None without one."""
+    return _REGISTERED.get((device, name))

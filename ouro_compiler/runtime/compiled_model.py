@@ -13,6 +13,7 @@ import ouro_compiler.kernels.cpu  # importing them registers the kernels for CPU
 import ouro_compiler.kernels.cuda  # noqa: F401
 from ouro_compiler.config import Target
 from ouro_compiler.errors import DeviceError, UsageError
+from ouro_compiler.runtime.bind import bind_to_cpu
 
 
 class CompiledModel(nn.Module):
@@ -28,6 +29,7 @@ class CompiledModel(nn.Module):
         module = program.module(check_guards=False)
         assert isinstance(module, fx.GraphModule)
         self.graph_module = module
+        self._on_cpu: fx.GraphModule | None = None
 
     def forward(self, images: Tensor) -> Tensor:
         """Run a batch. Raises UsageError if the images have another shape."""
@@ -37,8 +39,18 @@ class CompiledModel(nn.Module):
                 f"this model was compiled for images of {_shown(expected)}, got "
                 f"{_shown(images.shape)}: resize them, or compile for that resolution"
             )
-        with torch.no_grad():
-            return self.graph_module(images)
+        if images.device.type != "cpu":
+            with torch.no_grad():
+                return self.graph_module(images)
+        with torch.inference_mode():
+            if self._on_cpu is None:
+                self._on_cpu = bind_to_cpu(self.graph_module)
+            outputs = self._on_cpu(images)
+        return torch.utils._pytree.tree_map_only(Tensor, Tensor.clone, outputs)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> CompiledModel:
+        self._on_cpu = None  # its constants are copies, left where they were
+        return super()._apply(*args, **kwargs)
 
     @property
     def report(self) -> dict[str, Any]:
