@@ -1,4 +1,4 @@
-"""What all tests share: tests marked `gpu` run only where there is a CUDA device."""
+"""What all tests share: `gpu` tests run where there is a CUDA device, `slow` ones when asked for."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import torch
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
-    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if on_gpu:
-        config.hook.pytest_deselected(items=on_gpu)
-        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    left_out = set() if torch.cuda.is_available() else {"gpu"}
+    if not config.option.markexpr:
+        left_out.add("slow")  # python -m pytest -m slow
+    deselected = [item for item in items if any(map(item.get_closest_marker, left_out))]
+    if deselected:
+        config.hook.pytest_deselected(items=deselected)
+        items[:] = [item for item in items if item not in deselected]
