@@ -1,4 +1,4 @@
-"""What all tests share: `gpu` tests run where there is a CUDA device, `slow` ones when asked for."""
+"""What all tests share: `gpu` tests run where there is a GPU, `slow` ones when asked for."""
 
 from __future__ import annotations
 
