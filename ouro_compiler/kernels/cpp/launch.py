@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import re
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from ouro_compiler.kernels.cpp.source import generate
 from ouro_compiler.kernels.cpp.toolchain import BuildError, build, find_toolchain
 from ouro_compiler.kernels.launch import Launch, current_recording
-from ouro_compiler.kernels.spec import KernelSpec
+from ouro_compiler.kernels.spec import KernelSpec, Template, make_spec
 
 NO_COMPILER = "no C++ compiler was found: install g++ or clang++, or set CXX"
 # Codes of dtypes in constants and arguments; templates/memory.h has the same.
@@ -34,6 +35,12 @@ def refuse_dtypes(*tensors: Tensor | None) -> str | None:
 def dtype_code(tensor: Tensor | None) -> int:
     """The code of a tensor's dtype; 0 without one."""
     return 0 if tensor is None else DTYPES[tensor.dtype]
+
+
+@functools.cache
+def cached_spec(template: Template, **constants: int) -> KernelSpec:
+    """`make_spec`, which takes longer than a small kernel runs."""
+    return make_spec(template, constants)
 
 
 def launch(spec: KernelSpec, *args: Any) -> None:
