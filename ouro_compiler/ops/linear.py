@@ -67,7 +67,8 @@ def check_weight(
     outputs, stored = qweight.shape
     expected = (columns + 1) // 2 if qweight.dtype == torch.uint8 else columns
     if stored != expected:
-        reject("dequantize_weight", f"qweight has {stored} columns, expected {expected}")
+        has = "bytes of two 4-bit codes" if qweight.dtype == torch.uint8 else "columns"
+        reject("dequantize_weight", f"qweight has {stored} {has}, expected {expected}")
     for vector in (weight_scale, zero_point):
         if vector is not None and vector.shape not in ((outputs,), (1,)):
             reject(

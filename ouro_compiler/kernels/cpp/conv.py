@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ouro_compiler.kernels.cpp.launch import cached_spec, dtype_code, launch, refuse_dtypes
+from ouro_compiler.kernels.cpp.launch import dtype_code, launch, refuse_dtypes, spec_of
 from ouro_compiler.kernels.cpp.quantize import quantizer, rows, vector
 from ouro_compiler.kernels.spec import Template
 from ouro_compiler.ops.causal_conv1d import check as check_conv
@@ -43,7 +43,7 @@ def causal_conv1d(
     y = empty_token_major(x)
     tokens = rows(x.transpose(1, 2), "x")
     launch(
-        cached_spec(Template.CONV, DTYPE=dtype_code(x), TAPS=weight.shape[1]),
+        spec_of(Template.CONV, DTYPE=dtype_code(x), TAPS=weight.shape[1]),
         *(tokens, tokens.stride(0), tokens.stride(1)),
         *(*vector(weight, "weight"), *vector(bias, "bias")),
         *(silu, y, batch, length, columns, reverse),
@@ -67,7 +67,7 @@ def causal_conv1d_quantize(
     quantized = empty_quantized(x, tuple(tokens.shape), static[2])  # type: ignore[arg-type]
     y = empty_token_major(x)
     launch(
-        cached_spec(Template.CONV_QUANTIZE, DTYPE=dtype_code(x), TAPS=weight.shape[1]),
+        spec_of(Template.CONV_QUANTIZE, DTYPE=dtype_code(x), TAPS=weight.shape[1]),
         *(tokens, tokens.stride(0), tokens.stride(1)),
         *(*vector(weight, "weight"), *vector(bias, "bias"), silu, y),
         *(*vector(inlier_scale, "inlier_scale"), *vector(threshold, "threshold")),

@@ -20,6 +20,7 @@ NO_COMPILER = "no C++ compiler was found: install g++ or clang++, or set CXX"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _PARAMETERS = {"int64_t": ctypes.c_int64, "float": ctypes.c_float, "double": ctypes.c_double}
+_PLAIN = {int, bool, float, type(None)}
 _functions: dict[KernelSpec, Any] = {}
 _failures: dict[KernelSpec, str] = {}
 
@@ -38,8 +39,8 @@ def dtype_code(tensor: Tensor | None) -> int:
 
 
 @functools.cache
-def cached_spec(template: Template, **constants: int) -> KernelSpec:
-    """`make_spec`, which takes longer than a small kernel runs."""
+def spec_of(template: Template, **constants: int) -> KernelSpec:
+    """make_spec, remembered: hosts ask for the same few specs at every call."""
     return make_spec(template, constants)
 
 
@@ -54,9 +55,9 @@ def launch(spec: KernelSpec, *args: Any) -> None:
         recording.launches.append(Launch(spec=spec, grid=(1, 1, 1), args=args))
         return
     function = _functions.get(spec) or load_function(spec)
+    # Asking for plain types is much faster than isinstance(arg, Tensor): this runs for every node.
     function(
-        *[arg.data_ptr() if isinstance(arg, Tensor) else arg for arg in args],
-        torch.get_num_threads(),
+        *[arg if type(arg) in _PLAIN else arg.data_ptr() for arg in args], torch.get_num_threads()
     )
 
 

@@ -6,10 +6,10 @@ from torch import Tensor
 
 from ouro_compiler.kernels.cpp.launch import (
     NO_COMPILER,
-    cached_spec,
     dtype_code,
     launch,
     refuse_dtypes,
+    spec_of,
 )
 from ouro_compiler.kernels.cpp.toolchain import find_toolchain
 from ouro_compiler.kernels.launch import contiguous
@@ -34,7 +34,7 @@ def cross_scan(x: Tensor) -> Tensor:
     check_scan(x)
     batch, channels, height, width = x.shape
     orders = x.new_empty((batch, ORDERS, channels, height * width))
-    spec = cached_spec(Template.CROSS_SCAN, BYTES=x.element_size())
+    spec = spec_of(Template.CROSS_SCAN, BYTES=x.element_size())
     launch(spec, x, *x.stride(), orders, batch, channels, height, width)
     return orders
 
@@ -44,6 +44,6 @@ def cross_merge(y: Tensor, height: int, width: int) -> Tensor:
     check_merge(y, height, width)
     batch, _, channels, length = y.shape
     merged = y.new_empty((batch, channels, length))
-    spec = cached_spec(Template.CROSS_MERGE, DTYPE=dtype_code(y))
+    spec = spec_of(Template.CROSS_MERGE, DTYPE=dtype_code(y))
     launch(spec, contiguous(y, "y"), merged, batch, channels, height, width)
     return merged

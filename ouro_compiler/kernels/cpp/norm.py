@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ouro_compiler.kernels.cpp.launch import cached_spec, dtype_code, launch, refuse_dtypes
+from ouro_compiler.kernels.cpp.launch import dtype_code, launch, refuse_dtypes, spec_of
 from ouro_compiler.kernels.cpp.quantize import quantizer, vector
 from ouro_compiler.kernels.launch import contiguous
 from ouro_compiler.kernels.spec import KernelSpec, Template
@@ -44,7 +44,7 @@ def _inputs(
 ) -> tuple[KernelSpec, Tensor, tuple[Any, ...]]:
     """The kernel, an empty x + residual, and the arguments before the outputs."""
     total = x.new_empty(x.shape, dtype=residual_dtype(x, residual, residual_fp32))
-    spec = cached_spec(
+    spec = spec_of(
         template,
         DTYPE=dtype_code(x),
         # Without a residual any dtype will do: that of a kernel which others use too.

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ouro_compiler.kernels.cpp.launch import (
     DTYPES,
-    cached_spec,
     dtype_code,
     launch,
     refuse_dtypes,
+    spec_of,
 )
 from ouro_compiler.kernels.launch import contiguous, note_copy
 from ouro_compiler.kernels.spec import Template
@@ -25,14 +25,14 @@ from ouro_compiler.ops.linear import check_weight
 from ouro_compiler.ops.quantize import check as check_quantize
 from ouro_compiler.ops.quantize import check_dequantize, start_dtype, window_length
 
-_ZERO_POINTS = {**DTYPES, torch.uint8: 3}  # templates/memory.h has the same
+_ZERO_POINTS = {**DTYPES, torch.uint8: 3, torch.int32: 4}  # templates/memory.h has the same
 Static = tuple[int, int, int, bool]  # inlier_bits, outlier_bits, refresh_period, reverse
 
 
 def refuse_zero_point(zero_point: Tensor | None, *floats: Tensor | None) -> str | None:
     """Why no kernel takes this zero point and these floating-point tensors; None if one does."""
     if zero_point is not None and zero_point.dtype not in _ZERO_POINTS:
-        return f"kernels take zero points in uint8 or floating point, got {zero_point.dtype}"
+        return f"kernels take zero points in uint8, int32 or floating point, got {zero_point.dtype}"
     return refuse_dtypes(*floats)
 
 
@@ -129,7 +129,7 @@ def quantize_dynamic_outlier(
     x = rows(x, "x")
     quantized = empty_quantized(x, tuple(x.shape), static[2])  # type: ignore[arg-type]
     launch(
-        cached_spec(Template.QUANTIZE, DTYPE=dtype_code(x)),
+        spec_of(Template.QUANTIZE, DTYPE=dtype_code(x)),
         *(x, x.stride(0), x.stride(1)),
         *vector(inlier_scale, "inlier_scale"),
         *vector(zero_point, "zero_point"),
@@ -154,7 +154,7 @@ def quantize_static_outlier(
     start.fill_(torch.iinfo(start.dtype).max)
     start[:, :, channels] = 0
     launch(
-        cached_spec(Template.QUANTIZE_STATIC, DTYPE=dtype_code(x)),
+        spec_of(Template.QUANTIZE_STATIC, DTYPE=dtype_code(x)),
         *(x, x.stride(0), x.stride(1)),
         *vector(inlier_scale, "inlier_scale"),
         *vector(zero_point, "zero_point"),
@@ -184,7 +184,7 @@ def dequantize_dynamic_outlier(
     x = None if x is None or outlier_bits != 16 else rows(x, "x")
     y = codes.new_empty(codes.shape, dtype=torch.float32)
     launch(
-        cached_spec(Template.DEQUANTIZE, DTYPE=dtype_code(x)),
+        spec_of(Template.DEQUANTIZE, DTYPE=dtype_code(x)),
         contiguous(codes, "codes"),
         *vector(inlier_scale, "inlier_scale"),
         *vector(zero_point, "zero_point"),
@@ -235,7 +235,7 @@ def gate_sum_quantize(
         part = None if tensor is None else rows(tensor.transpose(1, 2), name)
         matrices += (None, 0, 0) if part is None else (part, part.stride(0), part.stride(1))
     launch(
-        cached_spec(Template.GATE_SUM_QUANTIZE, DTYPE=dtype_code(y)),
+        spec_of(Template.GATE_SUM_QUANTIZE, DTYPE=dtype_code(y)),
         *(*matrices, factor, values if emit else None),
         *vector(inlier_scale, "inlier_scale"),
         *vector(threshold, "threshold"),
@@ -252,7 +252,7 @@ def dequantize_weight(
     y = qweight.new_empty((qweight.shape[0], columns), dtype=torch.float32)
     one_zero = zero_point is not None and zero_point.shape[0] == 1
     launch(
-        cached_spec(Template.DEQUANTIZE_WEIGHT),
+        spec_of(Template.DEQUANTIZE_WEIGHT),
         *(contiguous(qweight, "qweight"), qweight.dtype == torch.uint8),
         *(*vector(weight_scale, "weight_scale"), weight_scale.shape[0] == 1),
         *(*vector(zero_point, "zero_point"), one_zero),

@@ -46,7 +46,7 @@ static inline vec load_codes(const int8_t* p, int count) {
 static inline ivec integers(vec x) {
 #if defined(__AVX512F__)
     return (ivec)_mm512_cvtps_epi32((__m512)x);
-#elif defined(__AVX__)
+#elif defined(__AVX2__)
     return (ivec)_mm256_cvtps_epi32((__m256)x);
 #else
     return __builtin_convertvector(round_even(x), ivec);

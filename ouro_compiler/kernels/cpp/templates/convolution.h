@@ -23,26 +23,39 @@ struct Convolution {
     // y likewise.
     void operator()(const stored<DTYPE>* x, int64_t stride, int64_t first, int64_t count,
                     stored<DTYPE>* y, int64_t y_stride, vec* rows) const {
-        for (int64_t v = 0; v < vectors(columns); v++) {
-            const int lanes = filled(columns, v);
-            const auto* from = x + first * stride + v * LANES;
-            auto* to = y + first * y_stride + v * LANES;
-            vec w[TAPS], past[TAPS];
-            for (int i = 0; i < TAPS; i++) {
-                const int64_t ago = TAPS - 1 - i;
-                w[i] = taps[v * TAPS + i];
-                past[i] = ago > 0 && first >= ago ? load<DTYPE>(from - ago * stride, lanes) : vec{};
-            }
-            for (int64_t n = 0; n < count; n++) {
-                past[TAPS - 1] = load<DTYPE>(from + n * stride, lanes);
-                vec sum = shift[v];
-                for (int i = 0; i < TAPS; i++) sum = fma(w[i], past[i], sum);
-                for (int i = 0; i < TAPS - 1; i++) past[i] = past[i + 1];
-                if (silu_after) sum = silu(sum);
-                sum = round_to<DTYPE>(sum);
-                rows[n * vectors(columns) + v] = sum;
-                store<DTYPE>(to + n * y_stride, sum, lanes);
-            }
+        const int64_t whole = columns / LANES, row = vectors(columns);
+        x += first * stride;
+        y += first * y_stride;
+        for (int64_t v = 0; v < row; v++) {
+            const auto run = v < whole ? (silu_after ? channels<true, true> : channels<true, false>)
+                                       : (silu_after ? channels<false, true> : channels<false, false>);
+            run(taps.get() + v * TAPS, shift[v], x + v * LANES, stride, first, count, y + v * LANES,
+                y_stride, rows + v, row, int(columns - v * LANES));
+        }
+    }
+
+  private:
+    // One vector of channels: all lanes of it (WHOLE), or the first few.
+    template <bool WHOLE, bool SILU>
+    static void channels(const vec* taps, vec shift, const stored<DTYPE>* x, int64_t stride,
+                         int64_t first, int64_t count, stored<DTYPE>* y, int64_t y_stride,
+                         vec* rows, int64_t row, int lanes) {
+        if constexpr (WHOLE) lanes = LANES;
+        vec w[TAPS], past[TAPS];
+        for (int i = 0; i < TAPS; i++) {
+            const int64_t ago = TAPS - 1 - i;
+            w[i] = taps[i];
+            past[i] = ago > 0 && first >= ago ? load<DTYPE>(x - ago * stride, lanes) : vec{};
+        }
+        for (int64_t n = 0; n < count; n++) {
+            past[TAPS - 1] = load<DTYPE>(x + n * stride, lanes);
+            vec sum = shift;
+            for (int i = 0; i < TAPS; i++) sum = fma(w[i], past[i], sum);
+            for (int i = 0; i < TAPS - 1; i++) past[i] = past[i + 1];
+            if constexpr (SILU) sum = silu(sum);
+            sum = round_to<DTYPE>(sum);
+            rows[n * row] = sum;
+            store<DTYPE>(y + n * y_stride, sum, lanes);
         }
     }
 };

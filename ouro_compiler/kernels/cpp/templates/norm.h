@@ -52,19 +52,25 @@ struct Norm {
 // x + residual of a row: kept in its dtype, and left in `row`.
 static inline void add_row(const stored<DTYPE>* x, const stored<DTYPE_RESIDUAL>* residual,
                            stored<DTYPE_TOTAL>* total, int64_t columns, vec* row) {
-    for (int64_t v = 0; v < vectors(columns); v++) {
-        const int64_t first = v * LANES;
-        const int lanes = filled(columns, v);
-        row[v] = load<DTYPE>(x + first, lanes);
-        if (residual) row[v] += load<DTYPE_RESIDUAL>(residual + first, lanes);
-        store<DTYPE_TOTAL>(total + first, row[v], lanes);
-    }
+    if (residual)
+        each_vector(columns, [=](int64_t v, auto lanes) {
+            row[v] = load<DTYPE>(x + v * LANES, lanes) +
+                     load<DTYPE_RESIDUAL>(residual + v * LANES, lanes);
+            store<DTYPE_TOTAL>(total + v * LANES, row[v], lanes);
+        });
+    else
+        each_vector(columns, [=](int64_t v, auto lanes) {
+            row[v] = load<DTYPE>(x + v * LANES, lanes);
+            store<DTYPE_TOTAL>(total + v * LANES, row[v], lanes);
+        });
 }
 
 // Rounds a row to x's dtype, and keeps it where there is a place for it.
 static inline void emit_row(vec* row, stored<DTYPE>* y, int64_t columns) {
-    for (int64_t v = 0; v < vectors(columns); v++) {
-        row[v] = round_to<DTYPE>(row[v]);
-        if (y) store<DTYPE>(y + v * LANES, row[v], filled(columns, v));
-    }
+    if (DTYPE != FP32)
+        for (int64_t v = 0; v < vectors(columns); v++) row[v] = round_to<DTYPE>(row[v]);
+    if (y)
+        each_vector(columns, [=](int64_t v, auto lanes) {
+            store<DTYPE>(y + v * LANES, row[v], lanes);
+        });
 }

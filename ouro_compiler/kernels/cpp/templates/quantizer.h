@@ -57,6 +57,12 @@ static inline void encode_row(int8_t* codes, const vec* x, const Grid& grid, int
         store_codes(codes + v * LANES, grid.encode<SYMMETRIC>(x[v]), filled(columns, v));
 }
 
+static inline ivec lanes_below(int64_t count) {
+    ivec r;
+    for (int i = 0; i < LANES; i++) r[i] = i < count ? -1 : 0;
+    return r;
+}
+
 // One window of one sample, and the list that grows in it.
 class Window {
     const Quantizer& q;
@@ -76,9 +82,8 @@ class Window {
             mask[v] = vec{};
             if (q.threshold) continue;
             const int lanes = filled(q.columns, v);
-            const ivec given = load_listed(q.start, q.wide_start, list + v * LANES, 0, lanes);
-            mask[v] = (vec)given;
-            for (int i = lanes; i < LANES; i++) mask[v][i] = 0;
+            mask[v] = (vec)(load_listed(q.start, q.wide_start, list + v * LANES, 0, lanes) &
+                            lanes_below(lanes));
             if (any((ivec)mask[v])) hit[hits++] = v;
         }
         if (!q.threshold) return;
@@ -113,18 +118,21 @@ class Window {
   private:
     // Once an unlisted channel leaves the range, all at or over the threshold are listed.
     void extend(const vec* x, int64_t position, float middle, float limit, float threshold) {
-        const int64_t row = vectors(q.columns), whole = q.columns / LANES;
-        ivec leaves = {};
-        for (int64_t v = 0; v < row; v++) {
-            ivec outside = ~(ivec)mask[v] & (abs(x[v] - middle) > limit);
-            if (v == whole) outside &= inside();
-            leaves |= outside;
-        }
-        if (!any(leaves)) return;
+        const int64_t whole = q.columns / LANES, rest = q.columns % LANES;
+        ivec leaves = {}, reaches = {};
+        const auto look = [&](int64_t v, ivec lanes) {
+            const vec magnitude = abs(x[v] - middle);
+            const ivec unlisted = ~(ivec)mask[v] & lanes;
+            leaves |= unlisted & (magnitude > limit);
+            reaches |= unlisted & (magnitude >= threshold);
+        };
+        for (int64_t v = 0; v < whole; v++) look(v, ~ivec{});
+        if (rest) look(whole, lanes_below(rest));
+        if (!any(leaves) || !any(reaches)) return;
         hits = 0;
-        for (int64_t v = 0; v < row; v++) {
+        for (int64_t v = 0; v < vectors(q.columns); v++) {
             ivec joins = ~(ivec)mask[v] & (abs(x[v] - middle) >= threshold);
-            if (v == whole) joins &= inside();
+            if (v == whole) joins &= lanes_below(rest);
             if (any(joins)) join(v, joins, int32_t(position));
             if (any((ivec)mask[v])) hit[hits++] = v;
         }
@@ -140,13 +148,6 @@ class Window {
             else
                 ((uint8_t*)q.start)[k] = uint8_t(position);
         }
-    }
-
-    // Which lanes of a partly filled vector have a channel.
-    ivec inside() const {
-        ivec r;
-        for (int i = 0; i < LANES; i++) r[i] = i < q.columns % LANES ? -1 : 0;
-        return r;
     }
 
     // Overwrites the codes of listed channels; returns their scale.

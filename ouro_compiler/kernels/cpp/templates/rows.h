@@ -23,12 +23,22 @@ static inline std::unique_ptr<vec[]> buffer(int64_t count) {
     return std::unique_ptr<vec[]>(new vec[count]);
 }
 
+// f(v, lanes) for every vector of a row. The number of lanes is a constant for all but the last, so
+// that nothing is asked in the loop.
+struct all_lanes {
+    constexpr operator int() const { return LANES; }
+};
+template <class F> static inline void each_vector(int64_t columns, const F& f) {
+    const int64_t whole = columns / LANES;
+    for (int64_t v = 0; v < whole; v++) f(v, all_lanes{});
+    if (columns % LANES) f(whole, int(columns % LANES));
+}
+
 // A row of a tensor in memory -> vectors.
 template <int DTYPE>
 static inline void load_row(const stored<DTYPE>* p, int64_t columns, vec* row) {
-    const int64_t whole = columns / LANES;
-    for (int64_t v = 0; v < whole; v++) row[v] = load<DTYPE>(p + v * LANES);
-    if (columns % LANES) row[whole] = load<DTYPE>(p + whole * LANES, int(columns % LANES));
+    each_vector(columns,
+                [&](int64_t v, auto lanes) { row[v] = load<DTYPE>(p + v * LANES, lanes); });
 }
 
 // A parameter of `columns` elements as vectors, zero beyond the last and without a parameter.
