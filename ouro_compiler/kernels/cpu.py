@@ -5,11 +5,11 @@
 
 from __future__ import annotations
 
-from ouro_compiler.kernels.cpp import conv, layout, norm, quantize, scan
+from ouro_compiler.kernels.cpp import conv, layout, linear, norm, quantize, scan
 from ouro_compiler.kernels.dispatch import Implementation, register
 from ouro_compiler.ops import cross_scan, fused
 from ouro_compiler.ops.causal_conv1d import causal_conv1d_ref
-from ouro_compiler.ops.linear import dequantize_weight_ref
+from ouro_compiler.ops.linear import dequantize_weight_ref, linear_dynamic_outlier_ref
 from ouro_compiler.ops.norm import add_norm_ref
 from ouro_compiler.ops.quantize import (
     dequantize_dynamic_outlier_ref,
@@ -49,6 +49,9 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     ),
     "cross_merge": Implementation(
         layout.cross_merge, cross_scan.cross_merge_ref, layout.refuse_cross_merge
+    ),
+    "linear_dynamic_outlier": Implementation(
+        linear.linear_dynamic_outlier, linear_dynamic_outlier_ref, linear.refuse_linear
     ),
     "selective_scan": Implementation(
         scan.selective_scan, selective_scan_implementation, scan.refuse_scan

@@ -54,14 +54,21 @@ def launch(spec: KernelSpec, *args: Any) -> None:
     if recording is not None:
         recording.launches.append(Launch(spec=spec, grid=(1, 1, 1), args=args))
         return
-    function = _functions.get(spec) or load_function(spec)
+    function = _functions.get(spec) or _load(spec)
     # Asking for plain types is much faster than isinstance(arg, Tensor): this runs for every node.
     function(
         *[arg if type(arg) in _PLAIN else arg.data_ptr() for arg in args], torch.get_num_threads()
     )
 
 
-def load_function(spec: KernelSpec) -> Any:
+def raise_build_error(spec: KernelSpec, problem: str) -> None:
+    """Never launch a kernel again, for the reason given. Raises BuildError."""
+    _functions.pop(spec, None)
+    _failures[spec] = problem
+    raise BuildError(problem)
+
+
+def _load(spec: KernelSpec) -> Any:
     """The compiled function of a spec. Raises BuildError; a failure is remembered."""
     if spec in _failures:
         raise BuildError(_failures[spec])
