@@ -79,11 +79,10 @@ def test_norm_of_any_number_of_dimensions() -> None:
 
 def test_residual_in_half_precision() -> None:
     x, residual = randn(1, 2, 5, 24).half(), randn(2, 2, 5, 24).half()
-    for residual_fp32 in (False, True):
-        args = (x, residual, randn(3, 24), None, 1e-5, True, residual_fp32)
-        found = norm.add_norm(*args)
-        assert_values(found, add_norm_ref(*args))
-        assert torch.equal(found[1], add_norm_ref(*args)[1])
+    args = (x, residual, randn(3, 24), None, 1e-5, True, False)
+    found, expected = norm.add_norm(*args), add_norm_ref(*args)
+    assert_values(found, expected)
+    assert torch.equal(found[1], expected[1])
 
 
 def test_layer_norm_far_from_zero() -> None:
@@ -145,7 +144,7 @@ def test_gate(
 
 def test_silu_far_from_zero() -> None:
     x = torch.tensor([-3e38, -1e4, -89.0, -88.5, -20.0, 0.0, 20.0, 88.5, 1e4, 3e38]).view(1, 1, 10)
-    taps = torch.ones(1, 1)
+    taps = torch.tensor([[0.0, 0.0, 0.0, 1.0]])
     expected = torch.nn.functional.silu(x.double()).float()
     found = conv.causal_conv1d(x, taps, None, True)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-35)

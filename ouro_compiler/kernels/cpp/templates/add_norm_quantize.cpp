@@ -12,10 +12,10 @@ extern "C" void add_norm_quantize(
     const Quantizer q = {scale, scale_dtype, nullptr, 0, threshold, threshold_dtype,
                          (int8_t*)codes, (float*)outlier_scale, start, wide_start, batch, length,
                          columns, window, inlier_bits, outlier_bits, reverse};
-    const auto w = buffer(vectors(columns)), b = buffer(vectors(columns));
-    read_row(weight, weight_dtype, columns, w.get());
-    read_row(bias, bias_dtype, columns, b.get());
-    const Norm norm = {columns, w.get(), b.get(), eps, rms != 0};
+    const Buffer<vec> w(vectors(columns)), b(vectors(columns));
+    read_row(weight, weight_dtype, columns, w.data);
+    read_row(bias, bias_dtype, columns, b.data);
+    const Norm norm = {columns, w.data, b.data, eps, rms != 0};
     quantize_rows(q, threads, batch * length * columns, [&](int64_t sample, int64_t t, vec* row) {
         const int64_t at = (sample * length + t) * columns;
         add_row((const stored<DTYPE>*)x + at,

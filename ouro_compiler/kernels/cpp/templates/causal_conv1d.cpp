@@ -1,7 +1,6 @@
 // ouro::causal_conv1d: x (batch, columns, length) with channels next to each other; y is contiguous as
 // (batch, length, columns).
 #include "convolution.h"
-#include <algorithm>
 
 extern "C" void causal_conv1d(const void* x, int64_t sx_b, int64_t sx_l, const void* weight,
                               int64_t weight_dtype, const void* bias, int64_t bias_dtype,
@@ -13,10 +12,10 @@ extern "C" void causal_conv1d(const void* x, int64_t sx_b, int64_t sx_l, const v
 #pragma omp parallel for schedule(static) num_threads(team(threads, batch * length * columns))
     for (int64_t task = 0; task < batch * tiles; task++) {
         const int64_t sample = task / tiles, first = task % tiles * TILE;
-        const auto rows = buffer(TILE * vectors(columns));
+        const Buffer<vec> rows(TILE * vectors(columns));
         convolve((const stored<DTYPE>*)x + sample * sx_b + start * sx_l, direction * sx_l, first,
-                 std::min(TILE, length - first),
+                 length - first < TILE ? length - first : TILE,
                  (stored<DTYPE>*)y + (sample * length + start) * columns, direction * columns,
-                 rows.get());
+                 rows.data);
     }
 }

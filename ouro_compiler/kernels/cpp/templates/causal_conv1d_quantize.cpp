@@ -2,7 +2,6 @@
 // contiguous as (batch, length, columns). Windows run in the convolution's direction.
 #include "convolution.h"
 #include "quantizer.h"
-#include <algorithm>
 
 extern "C" void causal_conv1d_quantize(
     const void* x, int64_t sx_b, int64_t sx_l, const void* weight, int64_t weight_dtype,
@@ -19,15 +18,15 @@ extern "C" void causal_conv1d_quantize(
 #pragma omp parallel for schedule(static) num_threads(team(threads, work))
     for (int64_t task = 0; task < tasks; task++) {
         Window w(q, task);
-        const auto rows = buffer(TILE * vectors(columns));
+        const Buffer<vec> rows(TILE * vectors(columns));
         const auto* from = (const stored<DTYPE>*)x + w.sample * sx_b + q.token(0) * sx_l;
         auto* to = (stored<DTYPE>*)y + (w.sample * length + q.token(0)) * columns;
         for (int64_t i = 0; i < w.count; i += TILE) {
-            const int64_t count = std::min(TILE, w.count - i);
+            const int64_t count = w.count - i < TILE ? w.count - i : TILE;
             convolve(from, q.direction() * sx_l, w.first + i, count, to, q.direction() * columns,
-                     rows.get());
+                     rows.data);
             for (int64_t n = 0; n < count; n++)
-                w.quantize(rows.get() + n * vectors(columns), i + n);
+                w.quantize(rows.data + n * vectors(columns), i + n);
         }
     }
 }

@@ -5,14 +5,14 @@
 
 struct Convolution {
     int64_t columns;
-    std::unique_ptr<vec[]> taps, shift;  // (vectors, TAPS) and (vectors,)
+    Buffer<vec> taps, shift;  // (vectors, TAPS) and (vectors,)
     bool silu_after;
 
     Convolution(const void* weight, int64_t weight_dtype, const void* bias, int64_t bias_dtype,
                 bool silu_after, int64_t columns)
-        : columns(columns), taps(buffer(vectors(columns) * TAPS)), shift(buffer(vectors(columns))),
+        : columns(columns), taps(vectors(columns) * TAPS), shift(vectors(columns)),
           silu_after(silu_after) {
-        read_row(bias, bias_dtype, columns, shift.get());
+        read_row(bias, bias_dtype, columns, shift.data);
         for (int64_t v = 0; v < vectors(columns); v++)
             for (int i = 0; i < TAPS; i++)
                 taps[v * TAPS + i] = read_lanes(weight, weight_dtype, v * LANES * TAPS + i, TAPS,
@@ -29,7 +29,7 @@ struct Convolution {
         for (int64_t v = 0; v < row; v++) {
             const auto run = v < whole ? (silu_after ? channels<true, true> : channels<true, false>)
                                        : (silu_after ? channels<false, true> : channels<false, false>);
-            run(taps.get() + v * TAPS, shift[v], x + v * LANES, stride, first, count, y + v * LANES,
+            run(taps.data + v * TAPS, shift[v], x + v * LANES, stride, first, count, y + v * LANES,
                 y_stride, rows + v, row, int(columns - v * LANES));
         }
     }

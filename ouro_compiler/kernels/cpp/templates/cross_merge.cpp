@@ -19,7 +19,7 @@ extern "C" void cross_merge(const void* orders, void* y, int64_t batch, int64_t 
     const int64_t length = height * width, step = channels * length;
 #pragma omp parallel num_threads(team(threads, batch * step * 2))
     {
-        const auto sums = std::unique_ptr<element[]>(new element[length]);
+        const Buffer<element> sums(length);
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < batch * channels; task++) {
             const int64_t sample = task / channels, channel = task % channels;

@@ -1,7 +1,6 @@
 // RMS and layer normalisation of a row in fp32 (ops/norm.py).
 #pragma once
 #include "rows.h"
-#include <cmath>
 
 // Sums run over this many lanes on every machine, so that they are the same bits on all.
 constexpr int SUM_LANES = 16, SUM_VECTORS = SUM_LANES / LANES;
@@ -43,7 +42,7 @@ struct Norm {
                 row[k / LANES][k % LANES] = 0.f;
         }
         const float square = sum_row(columns, [&](int64_t v) { return row[v] * row[v]; });
-        const float scale = 1.f / std::sqrt(square / float(columns) + eps);
+        const float scale = 1.f / __builtin_sqrtf(square / float(columns) + eps);
         for (int64_t v = 0; v < vectors(columns); v++)
             row[v] = row[v] * scale * weight[v] + bias[v];
     }

@@ -3,7 +3,6 @@
 // Operations and their order are the reference's: codes, lists and scales equal it bit for bit.
 #pragma once
 #include "codes.h"
-#include <algorithm>
 
 struct Quantizer {
     const void* scale;
@@ -67,17 +66,17 @@ static inline ivec lanes_below(int64_t count) {
 class Window {
     const Quantizer& q;
     const int64_t list;           // where its row of `start` begins
-    std::unique_ptr<vec[]> mask;  // which lanes are on the list; those without a channel never join
-    std::unique_ptr<int64_t[]> hit;  // vectors with a channel on the list
+    Buffer<vec> mask;  // which lanes are on the list; those without a channel never join
+    Buffer<int64_t> hit;  // vectors with a channel on the list
     int64_t hits = 0;
 
   public:
     const int64_t sample, first, count;  // steps first .. first + count
 
     Window(const Quantizer& q, int64_t task)
-        : q(q), list(task * q.columns), mask(buffer(vectors(q.columns))),
-          hit(new int64_t[vectors(q.columns)]), sample(task / q.windows()),
-          first(task % q.windows() * q.window), count(std::min(q.window, q.length - first)) {
+        : q(q), list(task * q.columns), mask(vectors(q.columns)),
+          hit(vectors(q.columns)), sample(task / q.windows()),
+          first(task % q.windows() * q.window), count(q.length - first < q.window ? q.length - first : q.window) {
         for (int64_t v = 0; v < vectors(q.columns); v++) {
             mask[v] = vec{};
             if (q.threshold) continue;
@@ -181,10 +180,10 @@ static inline void quantize_rows(const Quantizer& q, int64_t threads, int64_t na
 #pragma omp parallel for schedule(static) num_threads(team(threads, nanoseconds))
     for (int64_t task = 0; task < tasks; task++) {
         Window window(q, task);
-        const auto row = buffer(vectors(q.columns));
+        const Buffer<vec> row(vectors(q.columns));
         for (int64_t i = 0; i < window.count; i++) {
-            make(window.sample, q.token(window.first + i), row.get());
-            window.quantize(row.get(), i);
+            make(window.sample, q.token(window.first + i), row.data);
+            window.quantize(row.data, i);
         }
     }
 }

@@ -1,7 +1,6 @@
 // Rows of a tensor as vectors, the last one padded with zeros, and who works on them.
 #pragma once
 #include "memory.h"
-#include <memory>
 
 // x as a tensor of this dtype holds it.
 template <int DTYPE> static inline vec round_to(vec x) {
@@ -18,10 +17,16 @@ static inline int filled(int64_t columns, int64_t v) {
     return rest < LANES ? int(rest) : LANES;
 }
 
-// An uninitialised buffer that is freed with its scope.
-static inline std::unique_ptr<vec[]> buffer(int64_t count) {
-    return std::unique_ptr<vec[]>(new vec[count]);
-}
+// Uninitialised memory that is freed with its scope. (<memory> takes a tenth of a kernel's
+// compilation.)
+template <class T> struct Buffer {
+    T* const data;
+
+    explicit Buffer(int64_t count) : data(new T[count]) {}
+    Buffer(const Buffer&) = delete;
+    ~Buffer() { delete[] data; }
+    T& operator[](int64_t i) const { return data[i]; }
+};
 
 // f(v, lanes) for every vector of a row. The number of lanes is a constant for all but the last, so
 // that nothing is asked in the loop.
