@@ -5,12 +5,51 @@
 
 from __future__ import annotations
 
-from ouro_compiler.kernels.cpp import linear, scan
+from ouro_compiler.kernels.cpp import conv, layout, linear, norm, quantize, scan
 from ouro_compiler.kernels.dispatch import Implementation, register
-from ouro_compiler.ops.linear import linear_dynamic_outlier_ref
+from ouro_compiler.ops import cross_scan, fused
+from ouro_compiler.ops.causal_conv1d import causal_conv1d_ref
+from ouro_compiler.ops.linear import dequantize_weight_ref, linear_dynamic_outlier_ref
+from ouro_compiler.ops.norm import add_norm_ref
+from ouro_compiler.ops.quantize import (
+    dequantize_dynamic_outlier_ref,
+    quantize_dynamic_outlier_ref,
+    quantize_static_outlier_ref,
+)
 from ouro_compiler.ops.selective_scan import selective_scan_implementation
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
+    "quantize_dynamic_outlier": Implementation(
+        quantize.quantize_dynamic_outlier, quantize_dynamic_outlier_ref, quantize.refuse_quantize
+    ),
+    "quantize_static_outlier": Implementation(
+        quantize.quantize_static_outlier, quantize_static_outlier_ref, quantize.refuse_static
+    ),
+    "dequantize_dynamic_outlier": Implementation(
+        quantize.dequantize_dynamic_outlier,
+        dequantize_dynamic_outlier_ref,
+        quantize.refuse_dequantize,
+    ),
+    "dequantize_weight": Implementation(
+        quantize.dequantize_weight, dequantize_weight_ref, quantize.refuse_weight
+    ),
+    "add_norm": Implementation(norm.add_norm, add_norm_ref, norm.refuse_norm),
+    "add_norm_quantize": Implementation(
+        norm.add_norm_quantize, fused.add_norm_quantize_ref, norm.refuse_norm
+    ),
+    "causal_conv1d": Implementation(conv.causal_conv1d, causal_conv1d_ref, conv.refuse_conv),
+    "causal_conv1d_quantize": Implementation(
+        conv.causal_conv1d_quantize, fused.causal_conv1d_quantize_ref, conv.refuse_conv
+    ),
+    "gate_sum_quantize": Implementation(
+        quantize.gate_sum_quantize, fused.gate_sum_quantize_ref, quantize.refuse_gate_sum
+    ),
+    "cross_scan": Implementation(
+        layout.cross_scan, cross_scan.cross_scan_ref, layout.refuse_cross_scan
+    ),
+    "cross_merge": Implementation(
+        layout.cross_merge, cross_scan.cross_merge_ref, layout.refuse_cross_merge
+    ),
     "linear_dynamic_outlier": Implementation(
         linear.linear_dynamic_outlier, linear_dynamic_outlier_ref, linear.refuse_linear
     ),

@@ -10,7 +10,7 @@ from enum import Enum
 
 
 class Template(str, Enum):
-    """Files of `kernels/templates`; each defines one kernel, `<value>_kernel`."""
+    """Files of `kernels/templates` (Triton, `<value>_kernel`) and `kernels/cpp/templates` (C++)."""
 
     QUANTIZE = "quantize_dynamic_outlier"
     DEQUANTIZE = "dequantize_dynamic_outlier"
@@ -21,6 +21,12 @@ class Template(str, Enum):
     LINEAR = "linear_dynamic_outlier"
     CONV = "causal_conv1d"
     SCAN = "selective_scan"
+    # C++ only
+    QUANTIZE_STATIC = "quantize_static_outlier"
+    ADD_NORM = "add_norm"
+    CROSS_SCAN = "cross_scan"
+    CROSS_MERGE = "cross_merge"
+    DEQUANTIZE_WEIGHT = "dequantize_weight"
 
 
 class Epilogue(str, Enum):

@@ -21,20 +21,30 @@ ORDERS = 4
 
 def cross_scan_ref(x: Tensor) -> Tensor:
     """(B, C, H, W) -> (B, 4, C, H*W)."""
-    if x.dim() != 4:
-        reject("cross_scan", f"x must be (B, C, H, W), got {tuple(x.shape)}")
+    check_scan(x)
     ahead = torch.stack((x.flatten(2), x.transpose(2, 3).flatten(2)), dim=1)
     return torch.cat((ahead, ahead.flip(-1)), dim=1)
 
 
 def cross_merge_ref(y: Tensor, height: int, width: int) -> Tensor:
     """(B, 4, C, height * width) -> (B, C, height * width), in raster order."""
+    check_merge(y, height, width)
+    rows, columns = (y[:, :2] + y[:, 2:].flip(-1)).unbind(1)
+    return rows + columns.unflatten(-1, (width, height)).transpose(2, 3).flatten(2)
+
+
+def check_scan(x: Tensor) -> None:
+    """Raise ValueError for what is no batch of maps."""
+    if x.dim() != 4:
+        reject("cross_scan", f"x must be (B, C, H, W), got {tuple(x.shape)}")
+
+
+def check_merge(y: Tensor, height: int, width: int) -> None:
+    """Raise ValueError for orders that are not those of a map of this size."""
     if y.dim() != 4 or y.shape[1] != ORDERS:
         reject("cross_merge", f"y must be (B, 4, C, L), got {tuple(y.shape)}")
     if height < 1 or width < 1 or y.shape[3] != height * width:
         reject("cross_merge", f"{y.shape[3]} tokens are no map of {height} x {width}")
-    rows, columns = (y[:, :2] + y[:, 2:].flip(-1)).unbind(1)
-    return rows + columns.unflatten(-1, (width, height)).transpose(2, 3).flatten(2)
 
 
 def _fake_scan(x: Tensor) -> Tensor:

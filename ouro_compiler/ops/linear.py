@@ -47,9 +47,29 @@ def dequantize_weight_ref(
     qweight: Tensor, weight_scale: Tensor, zero_point: Tensor | None, bits: int, columns: int
 ) -> Tensor:
     """fp32 (O, K) from codes, packed or not; scale and zero point are (O,) or (1,)."""
+    check_weight(qweight, weight_scale, zero_point, columns)
     zero = None if zero_point is None else zero_point.float()[:, None]
     codes = unpacked_weight(qweight, columns, "dequantize_weight")
     return dequantize_codes(codes, weight_scale.float()[:, None], zero, bits).contiguous()
+
+
+def check_weight(
+    qweight: Tensor, weight_scale: Tensor, zero_point: Tensor | None, columns: int
+) -> None:
+    """Raise ValueError for operands of dequantize_weight that do not fit each other."""
+    if qweight.dim() != 2:
+        reject("dequantize_weight", f"qweight must be (O, K), got {tuple(qweight.shape)}")
+    outputs, stored = qweight.shape
+    expected = (columns + 1) // 2 if qweight.dtype == torch.uint8 else columns
+    if stored != expected:
+        has = "bytes of two 4-bit codes" if qweight.dtype == torch.uint8 else "columns"
+        reject("dequantize_weight", f"qweight has {stored} {has}, expected {expected}")
+    for vector in (weight_scale, zero_point):
+        if vector is not None and vector.shape not in ((outputs,), (1,)):
+            reject(
+                "dequantize_weight",
+                f"scale and zero point must be ({outputs},), got {tuple(vector.shape)}",
+            )
 
 
 def check(

@@ -4,6 +4,7 @@
 
 // Codes of dtypes in constants and arguments; DTYPES in kernels/cpp/launch.py.
 constexpr int FP32 = 0, BF16 = 1, FP16 = 2;
+constexpr int UINT8 = 3, INT32 = 4;  // zero points only
 
 template <int DTYPE> struct element;
 template <> struct element<FP32> { typedef float type; };
@@ -26,9 +27,15 @@ template <int DTYPE> static inline vec load(const stored<DTYPE>* p) {
         memcpy(&h, p, sizeof h);
         return (vec)(__builtin_convertvector(h, word_bits) << 16);
     } else {
+#if defined(__AVX512F__)
+        return (vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__F16C__) && defined(__AVX2__)
+        return (vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
         half_vec h;
         memcpy(&h, p, sizeof h);
         return __builtin_convertvector(h, vec);
+#endif
     }
 }
 
@@ -41,8 +48,14 @@ template <int DTYPE> static inline void store(stored<DTYPE>* p, vec x) {
         half_bits h = __builtin_convertvector(x == x ? rounded : word_bits{} + 0x7fc0, half_bits);
         memcpy(p, &h, sizeof h);
     } else {
+#if defined(__AVX512F__)
+        _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__) && defined(__AVX2__)
+        _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+#else
         half_vec h = __builtin_convertvector(x, half_vec);
         memcpy(p, &h, sizeof h);
+#endif
     }
 }
 
@@ -76,6 +89,8 @@ template <int DTYPE> static inline float to_float(stored<DTYPE> x) {
 static inline float read(const void* p, int64_t dtype, int64_t i) {
     if (dtype == FP32) return ((const float*)p)[i];
     if (dtype == BF16) return to_float<BF16>(((const uint16_t*)p)[i]);
+    if (dtype == UINT8) return ((const uint8_t*)p)[i];
+    if (dtype == INT32) return float(((const int32_t*)p)[i]);
     return to_float<FP16>(((const _Float16*)p)[i]);
 }
 

@@ -1,0 +1,113 @@
+"""Residual addition and normalisation in C++, alone and before a quantizer: their arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ouro_compiler.kernels.cpp.launch import dtype_code, launch, refuse_dtypes, spec_of
+from ouro_compiler.kernels.cpp.quantize import quantizer, vector
+from ouro_compiler.kernels.launch import contiguous
+from ouro_compiler.kernels.spec import KernelSpec, Template
+from ouro_compiler.ops.fused import empty_quantized
+from ouro_compiler.ops.norm import check as check_norm
+from ouro_compiler.ops.norm import residual_dtype
+from ouro_compiler.ops.quantize import check as check_quantize
+
+
+def refuse_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    rms: bool,
+    residual_fp32: bool,
+    inlier_scale: Tensor | None = None,
+    threshold: Tensor | None = None,
+    *_: Any,
+) -> str | None:
+    """Why no kernel normalises x; None if one does."""
+    return refuse_dtypes(x, residual, weight, bias, inlier_scale, threshold)
+
+
+def _inputs(
+    template: Template,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    rms: bool,
+    residual_fp32: bool,
+) -> tuple[KernelSpec, Tensor, tuple[Any, ...]]:
+    """The kernel, an empty x + residual, and the arguments before the outputs."""
+    total = x.new_empty(x.shape, dtype=residual_dtype(x, residual, residual_fp32))
+    spec = spec_of(
+        template,
+        DTYPE=dtype_code(x),
+        # Without a residual any dtype will do: that of a kernel which others use too.
+        DTYPE_RESIDUAL=dtype_code(total if residual is None else residual),
+        DTYPE_TOTAL=dtype_code(total),
+    )
+    operands = (
+        contiguous(x, "x"),
+        None if residual is None else contiguous(residual, "residual"),
+        *vector(weight, "weight"),
+        *vector(bias, "bias"),
+    )
+    return spec, total, (*operands, eps, rms)
+
+
+def add_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    rms: bool,
+    residual_fp32: bool,
+) -> tuple[Tensor, Tensor]:
+    """`add_norm_ref` in C++; x and residual (..., K)."""
+    check_norm(x, residual, weight, bias)
+    front = (x, residual, weight, bias, eps, rms, residual_fp32)
+    spec, total, inputs = _inputs(Template.ADD_NORM, *front)
+    y = x.new_empty(x.shape)
+    columns = x.shape[-1]
+    launch(spec, *inputs, y, total, x.numel() // max(1, columns), columns)
+    return y, total
+
+
+def add_norm_quantize(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    rms: bool,
+    residual_fp32: bool,
+    inlier_scale: Tensor,
+    threshold: Tensor,
+    inlier_bits: int,
+    outlier_bits: int,
+    refresh_period: int,
+    reverse: bool,
+    emit: bool,
+) -> tuple[Tensor, ...]:
+    """`add_norm_quantize_ref` in C++; x and residual (B, L, K)."""
+    check_norm(x, residual, weight, bias)
+    bits = (inlier_bits, outlier_bits, refresh_period)
+    check_quantize("add_norm_quantize", x, (inlier_scale, threshold), *bits)
+    front = (x, residual, weight, bias, eps, rms, residual_fp32)
+    spec, total, inputs = _inputs(Template.ADD_NORM_QUANTIZE, *front)
+    quantized = empty_quantized(x, tuple(x.shape), refresh_period)  # type: ignore[arg-type]
+    value = x.new_empty(x.shape if emit else 0)
+    launch(
+        spec,
+        *(*inputs, value if emit else None, total),
+        *vector(inlier_scale, "inlier_scale"),
+        *vector(threshold, "threshold"),
+        *quantizer(quantized, (*bits, reverse)),
+    )
+    return (*quantized, value, total)
