@@ -21,6 +21,8 @@ class Template(str, Enum):
     LINEAR = "linear_dynamic_outlier"
     CONV = "causal_conv1d"
     SCAN = "selective_scan"
+    SCAN_BACKWARD = "selective_scan_backward"
+    CONV_BACKWARD = "causal_conv1d_backward"
 
 
 class Epilogue(str, Enum):
