@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 
 aten = torch.ops.aten
 # operator.* on sizes: what export leaves of shape arithmetic with a dynamic batch.
@@ -68,6 +70,16 @@ def is_op(node: Any, *targets: Any) -> bool:
 def value_of(node: fx.Node) -> Any:
     """The fake value of a node."""
     return node.meta["val"]
+
+
+@contextmanager
+def evaluating_fakes(mode: Any) -> Iterator[None]:
+    """Ops on fake tensors, with sizes left symbolic.
+
+    Without Python's dispatcher some kernels (`constant_pad_nd`) fix the sizes that they read.
+    """
+    with mode, torch.no_grad(), enable_python_dispatcher():
+        yield
 
 
 def argument(node: fx.Node, name: str) -> Any:

@@ -27,7 +27,7 @@ def _leaf(seed: int, *shape: int) -> Tensor:
 def _scan_args(
     groups: int | None, softplus: bool, reverse: bool, absent: tuple[str, ...] = (), length: int = 5
 ) -> list[Any]:
-    """u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse: two samples of four channels."""
+    """u, delta, A, B, C, D, z, delta_bias, flags: two samples of four channels."""
     grouped = () if groups is None else (groups,)
     args: list[Any] = [_leaf(seed, 2, 4, length) for seed in (1, 2)]
     args += [(-_leaf(3, 4, 3).detach().abs()).requires_grad_()]

@@ -93,6 +93,7 @@ def _frozen(module: nn.Module) -> Iterator[None]:
 
 
 def batch_dimension_is_dynamic(gm: fx.GraphModule) -> bool:
-    """Is the first dimension of the graph's input symbolic?"""
+    """Is the first dimension of the graph's input symbolic, and fixed by nothing?"""
     placeholder: Any = next(node for node in gm.graph.nodes if node.op == "placeholder")
-    return isinstance(placeholder.meta["val"].shape[0], torch.SymInt)
+    size = placeholder.meta["val"].shape[0]
+    return isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None

@@ -5,13 +5,17 @@
 
 from __future__ import annotations
 
-from ouro_compiler.kernels.cpp import conv_backward, scan, scan_backward
+from ouro_compiler.kernels.cpp import conv_backward, linear, scan, scan_backward
 from ouro_compiler.kernels.dispatch import Implementation, register
 from ouro_compiler.ops.causal_conv1d import causal_conv1d_backward_ref
 from ouro_compiler.ops.chunked_scan import selective_scan_backward
+from ouro_compiler.ops.linear import linear_dynamic_outlier_ref
 from ouro_compiler.ops.selective_scan import selective_scan_implementation
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
+    "linear_dynamic_outlier": Implementation(
+        linear.linear_dynamic_outlier, linear_dynamic_outlier_ref, linear.refuse_linear
+    ),
     "selective_scan": Implementation(
         scan.selective_scan, selective_scan_implementation, scan.refuse_scan
     ),

@@ -10,7 +10,7 @@ from enum import Enum
 
 
 class Template(str, Enum):
-    """Files of `kernels/templates`; each defines one kernel, `<value>_kernel`."""
+    """Files of `kernels/templates` (Triton, `<value>_kernel`) and `kernels/cpp/templates` (C++)."""
 
     QUANTIZE = "quantize_dynamic_outlier"
     DEQUANTIZE = "dequantize_dynamic_outlier"
@@ -21,6 +21,7 @@ class Template(str, Enum):
     LINEAR = "linear_dynamic_outlier"
     CONV = "causal_conv1d"
     SCAN = "selective_scan"
+    # C++ only
     SCAN_BACKWARD = "selective_scan_backward"
     CONV_BACKWARD = "causal_conv1d_backward"
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ouro_compiler.ops.activations import silu, softplus
@@ -25,19 +24,15 @@ from ouro_compiler.ops.quantize import KEEP_FLOAT_BITS, dequantize_codes, listed
 
 NAME = "linear_dynamic_outlier"
 ACTIVATIONS = {"none": lambda y: y, "silu": silu, "softplus": softplus}
-# torch._int_mm on a CPU is wrong for one reduction column; zero columns change no product.
-_MIN_REDUCTION = 16
 
 
 def int_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """Exact int32 product of int8 matrices (M, K) @ (K, N), for any K >= 0."""
-    if a.device.type != "cpu":
-        # fp64 holds every sum of int8 products exactly; cuBLASLt's int8 form refuses odd shapes.
-        return (a.double() @ b.double()).to(torch.int32)
-    missing = max(0, _MIN_REDUCTION - a.shape[1])
-    if missing:
-        a, b = F.pad(a, (0, missing)), F.pad(b, (0, 0, 0, missing))
-    return torch._int_mm(a, b)
+    """Exact int32 product of int8 matrices (M, K) @ (K, N), for any K >= 0.
+
+    In fp64, which holds every sum of int8 products: torch._int_mm refuses odd shapes on CUDA, is
+    wrong for one column on a CPU, and without VNNI slower than this.
+    """
+    return (a.double() @ b.double()).to(torch.int32)
 
 
 def unpacked_weight(qweight: Tensor, columns: int, name: str = NAME) -> Tensor:

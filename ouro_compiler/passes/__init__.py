@@ -12,10 +12,12 @@ from ouro_compiler.passes.insert_quantize_dequantize import insert_quantize_dequ
 from ouro_compiler.passes.normalize_linear import normalize_linear
 from ouro_compiler.passes.raise_causal_conv1d import raise_causal_conv1d
 from ouro_compiler.passes.raise_norm import raise_norm
+from ouro_compiler.passes.raise_scan_operator import raise_scan_operator
 from ouro_compiler.passes.raise_selective_scan import raise_selective_scan
 from ouro_compiler.passes.remove_noops import remove_noops
 
 NORMALIZE: tuple[Pass, ...] = (
+    raise_scan_operator,  # before any other: the invariants hold from here on
     remove_noops,  # first: later patterns need not look through casts and dropout
     raise_selective_scan,  # before its unsqueezes and matmuls are rewritten as linears
     normalize_linear,  # before folding, while a layer's weight still has its own name

@@ -11,12 +11,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import fx
 
 from ouro_compiler.config import QuantConfig
 from ouro_compiler.errors import ModelError
-from ouro_compiler.graph import CalibrationTable, Site, get_constant, verify_graph
+from ouro_compiler.graph import (
+    CalibrationTable,
+    Site,
+    evaluating_fakes,
+    get_constant,
+    verify_graph,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +100,7 @@ class _FakeValues(fx.Interpreter):
         elif n.op == "output":
             return super().run_node(n)
         else:
-            with self.fake_mode, torch.no_grad():
+            with evaluating_fakes(self.fake_mode):
                 value = super().run_node(n)
         n.meta["val"] = value
         return value

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ouro_compiler.graph import add_constant, aten, get_constant, insert_call
+from ouro_compiler.graph import add_constant, aten, evaluating_fakes, get_constant, insert_call
 
 # What these return depends on strides, which the passes are free to change.
 _STRIDED = frozenset({aten.as_strided.default, aten.view.dtype, aten.view_as_complex.default})
@@ -16,12 +16,13 @@ _STRIDED = frozenset({aten.as_strided.default, aten.view.dtype, aten.view_as_com
 _MAY_RETURN_INPUT = frozenset({aten.dropout.default, aten.feature_dropout.default})
 
 
-def call(before: fx.Node, target: Any, *args: Any) -> fx.Node:
+def call(before: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
     """`insert_call` that also computes meta["val"], which later rules of the same pass read."""
-    node = insert_call(before.graph, before, target, *args)
-    values = fx.node.map_arg(tuple(args), lambda one: one.meta["val"])
-    with _fake_mode(before.graph), torch.no_grad():
-        node.meta["val"] = target(*values)
+    node = insert_call(before.graph, before, target, *args, **kwargs)
+    values = fx.node.map_arg(node.args, lambda one: one.meta["val"])
+    named = fx.node.map_arg(node.kwargs, lambda one: one.meta["val"])
+    with evaluating_fakes(_fake_mode(before.graph)):
+        node.meta["val"] = target(*values, **named)
     return node
 
 

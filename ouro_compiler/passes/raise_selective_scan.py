@@ -14,27 +14,16 @@ exponential decay, or a step that differs from the others.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import fx
 
-import ouro_compiler.ops  # noqa: F401  (registers torch.ops.ouro)
-from ouro_compiler.graph import aten, insert_call, is_op, replace_node, value_of
+from ouro_compiler.graph import aten, is_op, value_of
 from ouro_compiler.passes.base import PassContext
-from ouro_compiler.passes.products import STATE, Factor, factors
-from ouro_compiler.passes.scan_steps import (
-    TIME,
-    Step,
-    broadcast_index,
-    read_output,
-    read_step,
-)
-
-_SEQUENCE = ("b", "d", TIME)
+from ouro_compiler.passes.scan_operands import Scan, operands_of, write_scan
+from ouro_compiler.passes.scan_steps import TIME, read_output, read_step
 
 
 def raise_selective_scan(gm: fx.GraphModule, ctx: PassContext) -> bool:
@@ -46,7 +35,10 @@ def raise_selective_scan(gm: fx.GraphModule, ctx: PassContext) -> bool:
             continue
         match = _match(steps)
         if match is not None:
-            _write(node, match)
+            scan, y_axes = match
+            axes = list(y_axes)
+            axes.insert(_time_dimension(node), TIME)
+            write_scan(node, scan, axes)
             modified = True
         elif _recurrent(steps):
             ctx.notes.append(
@@ -77,24 +69,8 @@ def _time_dimension(stack: fx.Node) -> int:
     return int(stack.args[1]) % 3 if len(stack.args) > 1 else 0  # type: ignore[arg-type]
 
 
-# All steps
-
-
-@dataclass(frozen=True)
-class _Scan:
-    """The operands, elements with time among their axes."""
-
-    u: Factor
-    delta: Factor
-    A: Factor
-    B: Factor
-    C: Factor
-    D: Factor | None
-    y_axes: tuple[str, ...]
-    reverse: bool
-
-
-def _match(steps: Sequence[fx.Node]) -> _Scan | None:
+def _match(steps: Sequence[fx.Node]) -> tuple[Scan, tuple[str, ...]] | None:
+    """The operands, and the axes of a step's output."""
     outputs = [read_output(step) for step in steps]
     found = [one for one in outputs if one is not None]
     if len(found) < len(outputs):
@@ -113,59 +89,13 @@ def _match(steps: Sequence[fx.Node]) -> _Scan | None:
     # The first step may start without a decay; all that any step has must be the same.
     if len(set(read[1:])) != 1 or replace(read[0], decay=read[1].decay) != read[1]:
         return None
-    return _operands(read[1], reverse)
+    scan = operands_of(read[1], reverse)
+    return None if scan is None else (scan, read[1].y_axes)
 
 
 def _carries(state: fx.Node, earlier: fx.Node) -> bool:
     """Is `earlier` in a product that `state` adds up?"""
     return any(earlier in one.all_input_nodes for one in state.all_input_nodes)
-
-
-def _operands(step: Step, reverse: bool) -> _Scan | None:
-    channels, states = frozenset(_SEQUENCE), frozenset(("b", STATE, TIME))
-    if step.decay is None or len(step.decay) != 2:
-        return None
-    by_axes = {factor.axes: factor for factor in step.decay}
-    delta, A = by_axes.get(channels), by_axes.get(frozenset(("d", STATE)))
-    matrices = [factor for factor in step.update if factor.axes == states]
-    rest = [factor for factor in step.update if factor.axes == channels]
-    if delta is None or A is None or len(matrices) != 1 or step.c[0].axes != states:
-        return None
-    if len(rest) + 1 != len(step.update):
-        return None
-    u = _without(rest, delta)
-    if u is None:
-        return None
-    D = None
-    if step.skip:
-        D = _vector_beside(step.skip, u)
-        if D is None:
-            return None
-    return _Scan(u, delta, A, matrices[0], step.c[0], D, step.y_axes, reverse)
-
-
-def _without(rest: list[Factor], delta: Factor) -> Factor | None:
-    """The other factor of two; of one, which may be `delta * u` of the whole sequence."""
-    if len(rest) == 2 and delta in rest:
-        return rest[1] if rest[0] == delta else rest[0]
-    node = rest[0].node if len(rest) == 1 else None
-    if node is None or not is_op(node, aten.mul.Tensor):
-        return None
-    index = rest[0].index
-    operands = [one for one in node.args if isinstance(one, fx.Node)]
-    if len(operands) != 2 or any(value_of(one).dim() != len(index) for one in operands):
-        return None
-    taken = [factors(one, index) for one in operands]
-    single = [one[0] for one in taken if one is not None and len(one) == 1]
-    return _without(single, delta) if len(single) == 2 else None
-
-
-def _vector_beside(parts: tuple[Factor, ...], u: Factor) -> Factor | None:
-    """D of `D * u`."""
-    if Counter(parts)[u] != 1 or len(parts) != 2:
-        return None
-    other = parts[1] if parts[0] == u else parts[0]
-    return other if other.axes == frozenset("d") else None
 
 
 def _recurrent(steps: Sequence[fx.Node]) -> bool:
@@ -181,87 +111,3 @@ def _recurrent(steps: Sequence[fx.Node]) -> bool:
         return False
     first, second, third, *_, last = map(near, steps)
     return bool((first & second) - last) and bool((second & third) - last)
-
-
-# Writing
-
-
-def _write(stack: fx.Node, match: _Scan) -> None:
-    u = _whole(stack, match.u, _SEQUENCE)
-    delta, softplus = _whole(stack, match.delta, _SEQUENCE), False
-    if is_op(match.delta.node, aten.softplus.default) and len(match.delta.node.args) == 1:  # type: ignore[union-attr]
-        inner: Any = match.delta.node.args[0]  # type: ignore[union-attr]
-        delta, softplus = _whole(stack, replace(match.delta, node=inner), _SEQUENCE), True
-    A = _whole(stack, match.A, ("d", STATE))
-    B, C = (_whole(stack, one, ("b", STATE, TIME)) for one in (match.B, match.C))
-    D = None if match.D is None else _whole(stack, match.D, ("d",))
-    op = torch.ops.ouro.selective_scan.default
-    y_axes = list(match.y_axes)
-    y_axes.insert(_time_dimension(stack), TIME)
-    last, z = stack, None
-    if D is None:
-        last, D = _take_skip(last, match.u, y_axes)
-    last, z = _take_gate(last, y_axes)
-    operands = (u, delta, A, B, C, D, z, None, softplus, match.reverse)
-    result = insert_call(stack.graph, last, op, *operands)
-    order = [_SEQUENCE.index(axis) for axis in y_axes]
-    if order != [0, 1, 2]:
-        result = insert_call(stack.graph, last, aten.permute.default, result, order)
-    replace_node(last, result)
-
-
-def _whole(before: fx.Node, factor: Factor, axes: tuple[str, ...]) -> fx.Node:
-    """The tensor of a factor's elements, with these axes in this order."""
-    node = factor.node
-    assert node is not None
-    index = list(factor.index)
-    for dim in reversed(range(len(index))):
-        if not isinstance(index[dim], str):
-            node = insert_call(before.graph, before, aten.select.int, node, dim, 0)
-            del index[dim]
-    order = [index.index(axis) for axis in axes]
-    if order == list(range(len(order))):
-        return node
-    return insert_call(before.graph, before, aten.permute.default, node, order)
-
-
-def _take_skip(last: fx.Node, u: Factor, axes: list[str]) -> tuple[fx.Node, fx.Node | None]:
-    """`last + D * u` behind the stack: (the sum, D), else (last, None)."""
-    add = _only_user(last, aten.add.Tensor)
-    other = None if add is None else _other_operand(add, last)
-    if add is None or other is None or value_of(other).dim() != 3:
-        return last, None
-    if not is_op(other, aten.mul.Tensor):
-        return last, None
-    parts: list[Factor] = []
-    for one in other.args:
-        if isinstance(one, fx.Node):
-            parts += factors(one, broadcast_index(one, tuple(axes))) or ()
-    D = _vector_beside(tuple(parts), u)
-    if D is None or value_of(add).shape != value_of(last).shape:
-        return last, None
-    return add, _whole(add, D, ("d",))
-
-
-def _take_gate(last: fx.Node, axes: list[str]) -> tuple[fx.Node, fx.Node | None]:
-    """`last * silu(z)` behind the stack: (the product, z (B, D, L)), else (last, None)."""
-    product = _only_user(last, aten.mul.Tensor)
-    gate = None if product is None else _other_operand(product, last)
-    if product is None or not is_op(gate, aten.silu.default):
-        return last, None
-    assert isinstance(gate, fx.Node)
-    z: Any = gate.args[0]
-    if value_of(z).shape != value_of(last).shape:
-        return last, None
-    return product, _whole(product, Factor(z, tuple(axes)), _SEQUENCE)
-
-
-def _only_user(node: fx.Node, target: Any) -> fx.Node | None:
-    user = next(iter(node.users), None)
-    return user if len(node.users) == 1 and is_op(user, target) and not user.kwargs else None  # type: ignore[union-attr]
-
-
-def _other_operand(node: fx.Node, operand: fx.Node) -> fx.Node | None:
-    others = [one for one in node.args if one is not operand]
-    other = others[0] if len(others) == 1 else None
-    return other if isinstance(other, fx.Node) else None

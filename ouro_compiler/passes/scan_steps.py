@@ -1,4 +1,4 @@
-"""One step of a recurrence that export unrolled, as `raise_selective_scan` reads it."""
+"""One step of a recurrence, as `raise_selective_scan` and `raise_scan_operator` read it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ from ouro_compiler.graph import aten, is_op, value_of
 from ouro_compiler.passes.products import STATE, Factor, Index, factors, parse_einsum
 
 TIME = "l"
-_ZEROS = (aten.zeros.default, aten.new_zeros.default, aten.zeros_like.default)
+ZEROS = (aten.zeros.default, aten.new_zeros.default, aten.zeros_like.default)
+
+
+@dataclass(frozen=True)
+class States:
+    """A tensor of four dimensions: the states of all steps, with time at dimension `time`."""
+
+    node: fx.Node
+    time: int
 
 
 @dataclass(frozen=True)
@@ -35,11 +43,17 @@ class Step:
     y_axes: tuple[str, ...]
 
 
-def read_output(y: fx.Node) -> Output | None:
-    """y = sum of h C over states, by einsum, sum of a product or matmul; `+ D u` may follow."""
-    found = _read_einsum(y) or _read_sum(y) or _read_matmul(y)
-    if found is not None or not is_op(y, aten.add.Tensor) or len(y.args) != 2 or y.kwargs:
+def read_output(y: fx.Node, states: States | None = None) -> Output | None:
+    """y = sum of h C over states, by einsum, sum of a product or matmul; `+ D u` may follow.
+
+    With `states` y is that of all steps, and what is read is the step at place 0 of time; `state`
+    is then the node of all states. No skip is read.
+    """
+    found = _read_einsum(y, states) or _read_sum(y, states) or _read_matmul(y, states)
+    if found is not None or states is not None:
         return found
+    if not is_op(y, aten.add.Tensor) or len(y.args) != 2 or y.kwargs:
+        return None
     for core, skip in (y.args, y.args[::-1]):
         found = read_output(core) if isinstance(core, fx.Node) else None
         if found is not None and not found.skip and isinstance(skip, fx.Node):
@@ -49,63 +63,88 @@ def read_output(y: fx.Node) -> Output | None:
     return None
 
 
-def _axes(rank: int, state: int) -> tuple[str, ...]:
-    """Axes of a state's dimensions: the summed one is the states', the batch comes first."""
+def _index(summed: int, states: States | None) -> tuple[Index, ...] | None:
+    """The index of a state: its axes, and place 0 of time; the batch comes first."""
+    time = None if states is None else states.time
+    if summed == time:
+        return None
     rest = iter("bd")
-    return tuple(STATE if dim == state else next(rest) for dim in range(rank))
+    rank = _rank(states)
+    return tuple(STATE if k == summed else 0 if k == time else next(rest) for k in range(rank))
 
 
-def _read_einsum(y: fx.Node) -> Output | None:
+def _rank(states: States | None) -> int:
+    return 3 if states is None else 4
+
+
+def _read_einsum(y: fx.Node, states: States | None) -> Output | None:
     parsed = parse_einsum(y)
     if parsed is None or len(parsed.operands) != 2 or len(parsed.summed) != 1:
         return None
     for state, other in ((0, 1), (1, 0)):
         letters = parsed.inputs[state]
-        if len(letters) == 3 and parsed.output == letters.replace(parsed.summed, ""):
-            axes = _axes(3, letters.index(parsed.summed))
-            where = dict(zip(letters, axes, strict=True))
-            index = tuple(where[letter] for letter in parsed.inputs[other])
-            return _output(parsed.operands[state], axes, parsed.operands[other], index)
+        if parsed.summed not in letters or len(letters) != _rank(states):
+            continue
+        index = _index(letters.index(parsed.summed), states)
+        if index is not None and parsed.output == letters.replace(parsed.summed, ""):
+            where = dict(zip(letters, index, strict=True))
+            beside = tuple(where[letter] for letter in parsed.inputs[other])
+            found = _output(parsed.operands[state], index, parsed.operands[other], beside, states)
+            if found is not None:
+                return found
     return None
 
 
-def _read_sum(y: fx.Node) -> Output | None:
+def _read_sum(y: fx.Node, states: States | None) -> Output | None:
     if not is_op(y, aten.sum.dim_IntList) or len(y.args) > 2 or y.kwargs:
         return None
-    inner, dims = y.args
-    if not is_op(inner, aten.mul.Tensor) or value_of(inner).dim() != 3 or len(dims) != 1:  # type: ignore[arg-type]
+    inner: Any = y.args[0]
+    dims: Any = y.args[1]
+    rank = _rank(states)
+    if not is_op(inner, aten.mul.Tensor) or value_of(inner).dim() != rank or len(dims) != 1:
         return None
-    assert isinstance(inner, fx.Node)
-    axes = _axes(3, int(dims[0]) % 3)  # type: ignore[index, arg-type]
+    index = _index(dims[0] % rank, states)
     for state, other in (inner.args, inner.args[::-1]):
-        if isinstance(state, fx.Node) and isinstance(other, fx.Node) and _is_state(state):
-            taken = factors(other, broadcast_index(other, axes))
-            if taken is not None and len(taken) == 1:
-                return Output(state, axes, taken[0])
+        if index is None or not isinstance(state, fx.Node) or not isinstance(other, fx.Node):
+            continue
+        if states is not None or _is_state(state):
+            found = _output(state, index, other, broadcast_index(other, index), states)
+            if found is not None:
+                return found
     return None
 
 
-def _read_matmul(y: fx.Node) -> Output | None:
+def _read_matmul(y: fx.Node, states: States | None) -> Output | None:
     product: Any = y.args[0] if y.args else None
-    squeezed = is_op(y, aten.squeeze.dim) and int(y.args[1]) in (-1, 2)  # type: ignore[arg-type]
+    rank = _rank(states)
+    squeezed = is_op(y, aten.squeeze.dim) and int(y.args[1]) in (-1, rank - 1)  # type: ignore[arg-type]
     if not squeezed or not is_op(product, aten.matmul.default, aten.bmm.default):
         return None
     state, column = product.args
-    if value_of(state).dim() != 3 or value_of(column).dim() != 3:
+    index = _index(rank - 1, states)
+    if index is None or any(value_of(one).dim() != rank for one in (state, column)):
         return None
-    return _output(state, ("b", "d", STATE), column, ("b", STATE, 0))
+    return _output(state, index, column, (*index[:-2], STATE, 0), states)
 
 
 def _output(
-    state: fx.Node, axes: tuple[str, ...], other: fx.Node, index: tuple[Index, ...]
+    state: fx.Node,
+    index: tuple[Index, ...],
+    other: fx.Node,
+    beside: tuple[Index, ...],
+    states: States | None,
 ) -> Output | None:
-    taken = factors(other, index)
+    """The output of `state` at an index and of one factor, the element of `other`."""
+    if states is not None and state is not states.node:
+        return None
+    taken = factors(other, beside)
     if taken is None or len(taken) != 1:
         return None
+    axes = tuple(one for one in index if isinstance(one, str))
     return Output(state, axes, taken[0])
 
 
-def broadcast_index(node: fx.Node, axes: tuple[str, ...]) -> tuple[Index, ...]:
+def broadcast_index(node: fx.Node, axes: tuple[Index, ...]) -> tuple[Index, ...]:
     """The index of an operand that broadcasts against a result with these axes."""
     shape = value_of(node).shape
     kept = axes[len(axes) - len(shape) :]
@@ -150,7 +189,7 @@ def _recurrence(state: fx.Node, before: fx.Node | None) -> tuple[fx.Node | None,
 
 
 def _continues(node: Any, before: fx.Node | None) -> bool:
-    return is_op(node, *_ZEROS) if before is None else node is before
+    return is_op(node, *ZEROS) if before is None else node is before
 
 
 def _timed(parts: tuple[Factor, ...] | None, place: int) -> tuple[Factor, ...] | None:

@@ -38,8 +38,8 @@ _RESHAPES = frozenset(
 )
 _TRANSPOSES = frozenset({aten.transpose.int, aten.swapaxes.default})
 _REVERSALS = frozenset({aten.t.default, aten.numpy_T.default})
-_PERMUTATIONS = _TRANSPOSES | _REVERSALS | {aten.mT.default, aten.permute.default}
-VIEWS = _RESHAPES | _PERMUTATIONS
+PERMUTATIONS = _TRANSPOSES | _REVERSALS | {aten.mT.default, aten.permute.default}
+VIEWS = _RESHAPES | PERMUTATIONS
 # Of a parameter also parts: VMamba keeps the weights of several directions in one.
 _CONSTANT_VIEWS = VIEWS | {aten.slice.Tensor, aten.select.int}
 
@@ -123,13 +123,14 @@ def fresh_view(node: fx.Node) -> View | None:
 
 def follow_view(view: View, node: fx.Node) -> View | None:
     """The view that `node`, an op of VIEWS, makes of its input's view; None where unprovable."""
-    if node.target in _PERMUTATIONS:
-        return view.with_dims(tuple(view.dims[axis] for axis in _axes_order(node, len(view.dims))))
+    if node.target in PERMUTATIONS:
+        return view.with_dims(tuple(view.dims[axis] for axis in axes_order(node, len(view.dims))))
     found = _reshaped(view, node.meta["val"].shape)
     return None if found is None else _coarsened(found)
 
 
-def _axes_order(node: fx.Node, rank: int) -> list[int]:
+def axes_order(node: fx.Node, rank: int) -> list[int]:
+    """For each dimension of an op of PERMUTATIONS, the one of its input that it is."""
     order = list(range(rank))
     if node.target is aten.permute.default:
         return [axis % rank for axis in argument(node, "dims")]

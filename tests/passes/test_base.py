@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+from ouro_compiler.frontend.capture import batch_dimension_is_dynamic
 from ouro_compiler.graph import verify_graph
 from ouro_compiler.passes.base import PassContext, PassError, pass_name, run_passes
 from tests.helpers import randn
@@ -60,6 +61,20 @@ def test_the_runner_cleans_and_refreshes_values() -> None:
     assert isinstance(mul.meta["val"].shape[0], torch.SymInt)
     batch = randn(1, 5, 9, 8)
     torch.testing.assert_close(gm(batch), torch.exp(batch).sum(1) * 2)
+
+
+def test_fresh_values_keep_the_batch_dynamic() -> None:
+    """A kernel that reads sizes as integers would fix them."""
+
+    def pad_instead(gm: fx.GraphModule, ctx: PassContext) -> bool:
+        [node] = calls(gm, aten.relu.default)
+        node.target, node.args = aten.constant_pad_nd.default, (node.args[0], [0, 1])
+        return True
+
+    gm = capture_small(Written(lambda m, x: torch.relu(x)), randn(0, 2, 3))
+    run_passes(gm, [pad_instead], PassContext())
+    assert batch_dimension_is_dynamic(gm)
+    assert gm(randn(1, 5, 3)).shape == (5, 4)
 
 
 def test_an_error_names_the_pass_and_its_predecessors() -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ouro_compiler.frontend.standins.layouts import cross_merge, cross_scan, join_windows
 from ouro_compiler.frontend.standins.norms import add_norm
+from ouro_compiler.frontend.standins.operators import associative_scan
 from ouro_compiler.frontend.standins.refusals import refuse
 from ouro_compiler.frontend.standins.scans import causal_conv, mixer, scan
 
@@ -83,6 +84,12 @@ _WINDOWS = Replacement(
     needed=frozenset(["windows", "window_size", "H", "W"]),
     home=("mambavision", "mamba_vision"),  # Swin's function of this name has another layout
 )
+_ASSOCIATIVE_SCAN = Replacement(
+    compute=associative_scan,
+    needed=frozenset(["combine_fn", "xs", "dim", "reverse"]),
+    ignored=frozenset(["combine_mode"]),
+    home=("torch._higher_order_ops",),
+)
 
 KNOWN: dict[str, Replacement] = {
     **dict.fromkeys(("selective_scan_fn", "selective_scan_ref", "selective_scan_torch"), _SCAN),
@@ -105,6 +112,7 @@ KNOWN: dict[str, Replacement] = {
     "cross_scan_fn": _CROSS_SCAN,
     "cross_merge_fn": _CROSS_MERGE,
     "window_reverse": _WINDOWS,
+    "associative_scan": _ASSOCIATIVE_SCAN,
 }
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ouro_compiler.kernels.cpp.launch import dtype_code, launch, refuse_dtypes
+from ouro_compiler.kernels.cpp.launch import dtype_code, launch, refuse_dtypes, spec_of
 from ouro_compiler.kernels.cpp.scan import token_major
-from ouro_compiler.kernels.spec import Template, make_spec
+from ouro_compiler.kernels.spec import Template
 from ouro_compiler.ops.causal_conv1d import check, empty_gradients
 
 _MAX_TAPS = 16  # a filter and two windows of its length are unrolled
@@ -36,9 +36,8 @@ def causal_conv1d_backward(
     weight = weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     taps = weight.shape[1]
-    spec = make_spec(
-        Template.CONV_BACKWARD,
-        {"WIDTH": taps, "SILU": silu, "REVERSE": reverse, "DTYPE": dtype_code(x)},
+    spec = spec_of(
+        Template.CONV_BACKWARD, WIDTH=taps, SILU=silu, REVERSE=reverse, DTYPE=dtype_code(x)
     )
     launch(
         spec,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import re
 from typing import Any
 
@@ -12,13 +13,14 @@ from torch import Tensor
 from ouro_compiler.kernels.cpp.source import generate
 from ouro_compiler.kernels.cpp.toolchain import BuildError, build, find_toolchain
 from ouro_compiler.kernels.launch import Launch, current_recording
-from ouro_compiler.kernels.spec import KernelSpec
+from ouro_compiler.kernels.spec import KernelSpec, Template, make_spec
 
 NO_COMPILER = "no C++ compiler was found: install g++ or clang++, or set CXX"
 # Codes of dtypes in constants and arguments; templates/memory.h has the same.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _PARAMETERS = {"int64_t": ctypes.c_int64, "float": ctypes.c_float, "double": ctypes.c_double}
+_PLAIN = {int, bool, float, type(None)}
 _functions: dict[KernelSpec, Any] = {}
 _failures: dict[KernelSpec, str] = {}
 
@@ -36,6 +38,12 @@ def dtype_code(tensor: Tensor | None) -> int:
     return 0 if tensor is None else DTYPES[tensor.dtype]
 
 
+@functools.cache
+def spec_of(template: Template, **constants: int) -> KernelSpec:
+    """make_spec, remembered: hosts ask for the same few specs at every call."""
+    return make_spec(template, constants)
+
+
 def launch(spec: KernelSpec, *args: Any) -> None:
     """Call a kernel, compiled at its first use, or record the call. Raises BuildError.
 
@@ -46,14 +54,21 @@ def launch(spec: KernelSpec, *args: Any) -> None:
     if recording is not None:
         recording.launches.append(Launch(spec=spec, grid=(1, 1, 1), args=args))
         return
-    function = _functions.get(spec) or load_function(spec)
+    function = _functions.get(spec) or _load(spec)
+    # Asking for plain types is much faster than isinstance(arg, Tensor): this runs for every node.
     function(
-        *[arg.data_ptr() if isinstance(arg, Tensor) else arg for arg in args],
-        torch.get_num_threads(),
+        *[arg if type(arg) in _PLAIN else arg.data_ptr() for arg in args], torch.get_num_threads()
     )
 
 
-def load_function(spec: KernelSpec) -> Any:
+def raise_build_error(spec: KernelSpec, problem: str) -> None:
+    """Never launch a kernel again, for the reason given. Raises BuildError."""
+    _functions.pop(spec, None)
+    _failures[spec] = problem
+    raise BuildError(problem)
+
+
+def _load(spec: KernelSpec) -> Any:
     """The compiled function of a spec. Raises BuildError; a failure is remembered."""
     if spec in _failures:
         raise BuildError(_failures[spec])

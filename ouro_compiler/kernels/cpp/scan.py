@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ouro_compiler.kernels.cpp.launch import dtype_code, launch, refuse_dtypes
+from ouro_compiler.kernels.cpp.launch import dtype_code, launch, refuse_dtypes, spec_of
 from ouro_compiler.kernels.launch import note_copy
-from ouro_compiler.kernels.spec import Template, make_spec
+from ouro_compiler.kernels.spec import Template
 from ouro_compiler.ops.library import as_token_major, empty_token_major
 from ouro_compiler.ops.selective_scan import check as check_scan
 
@@ -60,15 +60,13 @@ def selective_scan(
     A = A.contiguous()
     B, C = (matrix[:, None] if matrix.dim() == 3 else matrix for matrix in (B, C))
     y = empty_token_major(u)
-    spec = make_spec(
+    spec = spec_of(
         Template.SCAN,
-        {
-            "STATES": A.shape[1],
-            "REVERSE": reverse,
-            "DTYPE_U": dtype_code(u),
-            "DTYPE_DELTA": dtype_code(delta),
-            "DTYPE_BC": dtype_code(B),
-        },
+        STATES=A.shape[1],
+        REVERSE=reverse,
+        DTYPE_U=dtype_code(u),
+        DTYPE_DELTA=dtype_code(delta),
+        DTYPE_BC=dtype_code(B),
     )
     matrices = [
         *(u, u.stride(0), u.stride(2)),

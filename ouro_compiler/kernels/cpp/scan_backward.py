@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ouro_compiler.kernels.cpp.launch import dtype_code, launch
+from ouro_compiler.kernels.cpp.launch import dtype_code, launch, spec_of
 from ouro_compiler.kernels.cpp.scan import refuse_scan, token_major
-from ouro_compiler.kernels.spec import Template, make_spec
+from ouro_compiler.kernels.spec import Template
 from ouro_compiler.ops.selective_scan import check as check_scan
 from ouro_compiler.ops.selective_scan import empty_gradients
 
@@ -48,16 +48,14 @@ def selective_scan_backward(
     B, C = (matrix[:, None] if matrix.dim() == 3 else matrix for matrix in (B, C))
     groups, states = B.shape[1], A.shape[1]
     slabs = -(-(channels // groups) // _SLAB)
-    spec = make_spec(
+    spec = spec_of(
         Template.SCAN_BACKWARD,
-        {
-            "STATES": states,
-            "SLAB": _SLAB,
-            "REVERSE": reverse,
-            "DTYPE_U": dtype_code(u),
-            "DTYPE_DELTA": dtype_code(delta),
-            "DTYPE_BC": dtype_code(B),
-        },
+        STATES=states,
+        SLAB=_SLAB,
+        REVERSE=reverse,
+        DTYPE_U=dtype_code(u),
+        DTYPE_DELTA=dtype_code(delta),
+        DTYPE_BC=dtype_code(B),
     )
     matrices = [
         *(grad, grad.stride(0), grad.stride(2)),

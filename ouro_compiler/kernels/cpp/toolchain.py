@@ -67,6 +67,13 @@ def find_toolchain() -> Toolchain | None:
     return None
 
 
+@functools.cache
+def cpu_features() -> frozenset[str]:
+    """The processor's instruction sets as Linux names them; empty elsewhere."""
+    lines = [line for line in _cpu() if line.startswith(("flags", "Features"))]
+    return frozenset(word for line in lines for word in line.partition(":")[2].split())
+
+
 def _cpu() -> list[str]:
     """What -march=native depends on."""
     try:

@@ -65,6 +65,7 @@ extern "C" void causal_conv1d_backward(
     void* grad_weight, void* grad_bias, float* sums, int64_t batch, int64_t channels, int64_t length,
     int64_t threads) {
     const int64_t blocks = (channels + LANES - 1) / LANES;
+    if (batch * channels * length < 20000) threads = 1;  // less than waking them takes
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
 #pragma omp for schedule(static)

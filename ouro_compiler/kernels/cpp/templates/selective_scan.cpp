@@ -100,6 +100,7 @@ extern "C" void selective_scan(
     int64_t groups, int64_t length, int64_t threads) {
     const int64_t in_group = channels / groups, blocks = (in_group + LANES - 1) / LANES;
     const int64_t tasks = batch * groups * blocks;
+    if (batch * channels * length * STATES < 40000) threads = 1;  // less than waking them takes
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t task = 0; task < tasks; task++) {
         const int64_t sample = task / (groups * blocks), group = task / blocks % groups;

@@ -226,6 +226,7 @@ extern "C" void selective_scan_backward(
     int64_t channels, int64_t groups, int64_t length, int64_t threads) {
     const int64_t in_group = channels / groups, slabs = (in_group + SLAB - 1) / SLAB;
     const int64_t tasks = batch * groups * slabs, tiles = (length + TILE - 1) / TILE;
+    if (batch * channels * length * STATES < 20000) threads = 1;  // less than waking them takes
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         std::vector<vec> entries(tiles * STATES);

@@ -11,7 +11,7 @@
 
 #if defined(__AVX512F__)
 constexpr int LANES = 16;
-#elif defined(__AVX__)
+#elif defined(__AVX2__)
 constexpr int LANES = 8;
 #else
 constexpr int LANES = 4;
@@ -24,7 +24,7 @@ typedef int32_t ivec __attribute__((vector_size(LANES * 4)));
 static inline vec fma(vec a, vec b, vec c) {
 #if defined(__AVX512F__)
     return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__FMA__) && defined(__AVX__)
+#elif defined(__FMA__) && defined(__AVX2__)
     return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 #else
     vec r;
@@ -37,7 +37,7 @@ static inline vec fma(vec a, vec b, vec c) {
 static inline vec max(vec a, vec b) {
 #if defined(__AVX512F__)
     return (vec)_mm512_max_ps((__m512)a, (__m512)b);
-#elif defined(__AVX__)
+#elif defined(__AVX2__)
     return (vec)_mm256_max_ps((__m256)a, (__m256)b);
 #else
     return a > b ? a : b;
@@ -47,7 +47,7 @@ static inline vec max(vec a, vec b) {
 static inline vec min(vec a, vec b) {
 #if defined(__AVX512F__)
     return (vec)_mm512_min_ps((__m512)a, (__m512)b);
-#elif defined(__AVX__)
+#elif defined(__AVX2__)
     return (vec)_mm256_min_ps((__m256)a, (__m256)b);
 #else
     return a < b ? a : b;
@@ -57,7 +57,7 @@ static inline vec min(vec a, vec b) {
 static inline vec all(float value) {
 #if defined(__AVX512F__)
     return (vec)_mm512_set1_ps(value);
-#elif defined(__AVX__)
+#elif defined(__AVX2__)
     return (vec)_mm256_set1_ps(value);
 #else
     return vec{value, value, value, value};
@@ -78,7 +78,7 @@ static inline float sum(vec x) {
     return total;
 }
 
-#if defined(__AVX__)
+#if defined(__AVX2__)
 static inline __m256 fold(vec x) {  // to eight elements
 #if defined(__AVX512F__)
     return _mm256_add_ps(_mm512_castps512_ps256((__m512)x),
@@ -91,7 +91,7 @@ static inline __m256 fold(vec x) {  // to eight elements
 
 // sums[i] += the sum of the elements of v[i], for four vectors; in another order than sum's.
 static inline void add_four_sums(float* sums, const vec* v) {
-#if defined(__AVX__)
+#if defined(__AVX2__)
     const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(fold(v[0]), fold(v[1])),
                                         _mm256_hadd_ps(fold(v[2]), fold(v[3])));
     const __m128 four =
@@ -131,21 +131,22 @@ static inline vec exp2(vec x) { return exp2_below_128(min(all(128.f), x)); }
 
 constexpr float LOG2E = 1.4426950408889634f;
 
-// e^x: the product with log2(e) in two parts, so that the error stays 2.5e-7 for any x.
+// e^x with a relative error of 2.5e-7 for any x: log2(e) in two parts, the power of two in two steps
+// (it may overflow to infinity and underflow to 0). Not a number stays one.
 static inline vec exp(vec x) {
-    x = min(all(89.f), max(all(-88.f), x));
+    x = min(all(89.f), max(all(-104.f), x));
     const vec magic = all(0x1.8p23f);
-    vec shifted = fma(x, all(LOG2E), magic);
-    vec n = shifted - magic;
-    vec f = fma(n, all(-0.693145752f), x);
-    f = fma(n, all(-1.42860677e-6f), f) * LOG2E;
+    const vec shifted = fma(x, all(LOG2E), magic);
+    const vec n = shifted - magic;
+    const vec f = fma(n, all(-1.42860677e-6f), fma(n, all(-0.693145752f), x)) * LOG2E;
     vec p = all(1.3264727e-3f);
     p = fma(p, f, all(9.6715126e-3f));
     p = fma(p, f, all(5.5507337e-2f));
     p = fma(p, f, all(2.4022242e-1f));
     p = fma(p, f, all(6.9314698e-1f));
     p = fma(p, f, all(1.f));
-    return (vec)((ivec)p + ((ivec)shifted << 23));
+    const ivec power = (ivec)shifted - (ivec)magic, half = power >> 1;
+    return p * (vec)(half + 127 << 23) * (vec)(power - half + 127 << 23);
 }
 
 // log(1 + y) for y in [0, 1].
