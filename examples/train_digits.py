@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+# Scans and convolutions run forward and back in generated C++; without a compiler, in PyTorch.
+import ouro_compiler.kernels.cpu  # noqa: F401
 from ouro_compiler.models.vim import vim_micro
 
 HERE = Path(__file__).parent
