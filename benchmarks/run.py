@@ -1,4 +1,7 @@
-"""python -m benchmarks.run --suite NAME [--arch sm_80,sm_90] [--models A,B] [--json FILE]"""
+"""python -m benchmarks.run --suite NAME [--json FILE], and what some suites take:
+
+--arch sm_80,sm_90   --models A,B   --steps N
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,8 @@ from pathlib import Path
 import torch
 
 import benchmarks.models
-import benchmarks.offline  # noqa: F401  (both register their suites)
+import benchmarks.offline
+import benchmarks.training  # noqa: F401  (they register their suites)
 from benchmarks.registry import SUITES
 
 
@@ -21,6 +25,7 @@ def main() -> None:
     parser.add_argument("--arch", default="sm_80,sm_89,sm_90", help="architectures (offline)")
     parser.add_argument("--models", help="architectures, with commas (models)")
     parser.add_argument("--images", type=int, default=2, help="calibration images (models)")
+    parser.add_argument("--steps", type=int, default=60, help="steps a case (training)")
     parser.add_argument("--json", type=Path, help="write the rows, with what they were made with")
     given = parser.parse_args()
     rows = SUITES[given.suite](given)

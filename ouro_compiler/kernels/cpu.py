@@ -5,10 +5,20 @@
 
 from __future__ import annotations
 
-from ouro_compiler.kernels.cpp import conv, layout, linear, norm, quantize, scan
+from ouro_compiler.kernels.cpp import (
+    conv,
+    conv_backward,
+    layout,
+    linear,
+    norm,
+    quantize,
+    scan,
+    scan_backward,
+)
 from ouro_compiler.kernels.dispatch import Implementation, register
 from ouro_compiler.ops import cross_scan, fused
-from ouro_compiler.ops.causal_conv1d import causal_conv1d_ref
+from ouro_compiler.ops.causal_conv1d import causal_conv1d_backward_ref, causal_conv1d_ref
+from ouro_compiler.ops.chunked_scan import selective_scan_backward
 from ouro_compiler.ops.linear import dequantize_weight_ref, linear_dynamic_outlier_ref
 from ouro_compiler.ops.norm import add_norm_ref
 from ouro_compiler.ops.quantize import (
@@ -55,6 +65,16 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     ),
     "selective_scan": Implementation(
         scan.selective_scan, selective_scan_implementation, scan.refuse_scan
+    ),
+    "selective_scan_backward": Implementation(
+        scan_backward.selective_scan_backward,
+        selective_scan_backward,
+        scan_backward.refuse_scan_backward,
+    ),
+    "causal_conv1d_backward": Implementation(
+        conv_backward.causal_conv1d_backward,
+        causal_conv1d_backward_ref,
+        conv_backward.refuse_conv_backward,
     ),
 }
 

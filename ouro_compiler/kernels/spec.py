@@ -27,6 +27,8 @@ class Template(str, Enum):
     CROSS_SCAN = "cross_scan"
     CROSS_MERGE = "cross_merge"
     DEQUANTIZE_WEIGHT = "dequantize_weight"
+    SCAN_BACKWARD = "selective_scan_backward"
+    CONV_BACKWARD = "causal_conv1d_backward"
 
 
 class Epilogue(str, Enum):

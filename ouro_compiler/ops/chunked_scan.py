@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ouro_compiler.ops.activations import silu, softplus
-from ouro_compiler.ops.library import as_token_major
+from ouro_compiler.ops.library import as_token_major, computing_dtype
 
 # States are produced for a chunk of time steps at once; a chunk this size stays in a core's cache.
 _CHUNK_ELEMENTS = 1 << 17
@@ -41,19 +41,20 @@ class _Operands:
         self.groups = groups_of(B)
         self.shape = (length, batch, self.groups, channels // self.groups)
         self.reverse = reverse
+        self.dtype = computing_dtype(u)
         self.raw_step = self.time_first(delta)
         if delta_bias is not None:
-            self.raw_step = self.raw_step + delta_bias.float().view(self.shape[2:])
+            self.raw_step = self.raw_step + delta_bias.to(self.dtype).view(self.shape[2:])
         self.step = softplus(self.raw_step) if delta_softplus else self.raw_step
         self.u = self.time_first(u)
-        self.A = A.float().view(*self.shape[2:], -1)
+        self.A = A.to(self.dtype).view(*self.shape[2:], -1)
         self.B, self.C = (
-            (m[:, None] if m.dim() == 3 else m).permute(3, 0, 1, 2).float() for m in (B, C)
+            (m[:, None] if m.dim() == 3 else m).permute(3, 0, 1, 2).to(self.dtype) for m in (B, C)
         )
 
     def time_first(self, x: Tensor) -> Tensor:
-        """(B, D, L) -> (L, B, G, d) in fp32."""
-        return x.permute(2, 0, 1).float().reshape(self.shape)
+        """(B, D, L) -> (L, B, G, d) in the dtype of the computation."""
+        return x.permute(2, 0, 1).to(self.dtype).reshape(self.shape)
 
     def zero_state(self) -> Tensor:
         return self.u.new_zeros((*self.shape[1:], self.A.shape[-1]))
@@ -111,7 +112,7 @@ def selective_scan_chunked(
     for chunk, _, _, product in _scan(operands):
         y[chunk] = product
     if D is not None:
-        y = y + operands.u * D.float().view(operands.shape[2:])
+        y = y + operands.u * D.to(operands.dtype).view(operands.shape[2:])
     if z is not None:
         y = y * silu(operands.time_first(z))
     return _channels_last(y.to(u.dtype))
@@ -138,7 +139,7 @@ def selective_scan_backward(
     grad_y = operands.time_first(grad)
     grad_z = grad.new_empty(0)
     walk = [(chunk, entry) for chunk, entry, _, _ in _scan(operands)] if z is None else []
-    skip = None if D is None else D.float().view(operands.shape[2:])
+    skip = None if D is None else D.to(operands.dtype).view(operands.shape[2:])
     if z is not None:
         y = torch.empty_like(operands.u)
         for chunk, entry, _, product in _scan(operands):

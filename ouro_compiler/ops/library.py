@@ -81,6 +81,11 @@ def as_token_major(x: Tensor) -> Tensor:
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
+def computing_dtype(x: Tensor) -> torch.dtype:
+    """What an op computes in: fp32, or double where its main operand is double."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def reject(name: str, problem: str) -> None:
     """Raise the ValueError every op raises for inputs it does not take."""
     raise ValueError(f"ouro::{name}: {problem}")

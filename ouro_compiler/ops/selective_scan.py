@@ -6,8 +6,8 @@
 
 Shapes and names are those of `mamba_ssm.selective_scan_fn`: u, delta, z are (B, D, L); A is (D, N);
 B and C are (B, N, L) or (B, G, N, L) with D a multiple of G; D and delta_bias are (D,). Everything
-is computed in fp32 and returned in u's dtype, in memory laid out as (B, L, D). With `reverse` time
-runs from the last token to the first; nothing is flipped.
+is computed in fp32 (in double where u is double) and returned in u's dtype, in memory laid out as
+(B, L, D). With `reverse` time runs from the last token to the first; nothing is flipped.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from ouro_compiler.ops.chunked_scan import (
 from ouro_compiler.ops.library import (
     LIBRARY,
     as_token_major,
+    computing_dtype,
     define_op,
     empty_token_major,
     reject,
@@ -49,30 +50,31 @@ def selective_scan_ref(
     """The definition: one step of time after another. Shapes as in the module docstring."""
     check(u, delta, A, B, C, D, z, delta_bias)
     batch, channels, length = u.shape
-    step = delta.float()
+    dtype = computing_dtype(u)
+    step = delta.to(dtype)
     if delta_bias is not None:
-        step = step + delta_bias.float()[:, None]
+        step = step + delta_bias.to(dtype)[:, None]
     if delta_softplus:
         step = softplus(step)
-    x = u.float()
-    b, c = (_per_channel(t, channels) for t in (B, C))
+    x = u.to(dtype)
+    b, c = (_per_channel(t.to(dtype), channels) for t in (B, C))
     h = x.new_zeros(batch, channels, A.shape[1])
     y = torch.zeros_like(x)
     for t in reversed(range(length)) if reverse else range(length):
-        decay = torch.exp(step[:, :, t, None] * A.float())
+        decay = torch.exp(step[:, :, t, None] * A.to(dtype))
         h = decay * h + (step[:, :, t] * x[:, :, t])[..., None] * b[..., t]
         y[:, :, t] = (h * c[..., t]).sum(-1)
     if D is not None:
-        y = y + x * D.float()[:, None]
+        y = y + x * D.to(dtype)[:, None]
     if z is not None:
-        y = y * silu(z.float())
+        y = y * silu(z.to(dtype))
     return as_token_major(y.to(u.dtype))
 
 
 def _per_channel(matrix: Tensor, channels: int) -> Tensor:
-    """(B, N, L) or (B, G, N, L) -> (B, D, N, L) in fp32."""
+    """(B, N, L) or (B, G, N, L) -> (B, D, N, L)."""
     grouped = matrix[:, None] if matrix.dim() == 3 else matrix
-    return grouped.float().repeat_interleave(channels // grouped.shape[1], dim=1)
+    return grouped.repeat_interleave(channels // grouped.shape[1], dim=1)
 
 
 def check(
@@ -132,7 +134,7 @@ def _fake(u: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
     return empty_token_major(u)
 
 
-def _fake_backward(
+def empty_gradients(
     grad: Tensor,
     u: Tensor,
     delta: Tensor,
@@ -145,6 +147,8 @@ def _fake_backward(
     delta_softplus: bool,
     reverse: bool,
 ) -> tuple[Tensor, ...]:
+    """The outputs of the backward, uninitialised; an absent operand's has no elements."""
+
     def like(tensor: Tensor | None) -> Tensor:
         return grad.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape)
 
@@ -179,7 +183,7 @@ define_op(
     f"{NAME}_backward(Tensor grad, {_ARGUMENTS.format('', '', '', '', '')}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     implementation=selective_scan_backward,
-    fake=_fake_backward,
+    fake=empty_gradients,
 )
 torch.library.register_autograd(
     f"ouro::{NAME}", _backward, setup_context=_setup_context, lib=LIBRARY

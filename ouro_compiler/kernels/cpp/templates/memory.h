@@ -101,3 +101,11 @@ static inline vec read_lanes(const void* p, int64_t dtype, int64_t first, int64_
         for (int i = 0; i < LANES && i < count; i++) r[i] = read(p, dtype, first + i * stride);
     return r;
 }
+
+// Element i of such a tensor.
+static inline void write(void* p, int64_t dtype, int64_t i, float x) {
+    const vec v = vec{} + x;
+    if (dtype == FP32) store<FP32>((float*)p + i, v, 1);
+    if (dtype == BF16) store<BF16>((uint16_t*)p + i, v, 1);
+    if (dtype == FP16) store<FP16>((_Float16*)p + i, v, 1);
+}

@@ -3,7 +3,7 @@
 // Parallel over (sample, group, channels): a task owns LANES channels and walks through time, so
 // that a result depends neither on the number of threads nor on the other samples. Time is cut into
 // tiles that stay in the first cache; inside one, a few states at a time are kept in registers.
-#include "memory.h"
+#include "scan.h"
 #include <algorithm>
 
 constexpr int TILE = 64;
@@ -22,23 +22,6 @@ struct Scan {
     const stored<DTYPE_BC>*B, *C;
     int64_t sb_n, sb_l, sc_n, sc_l;
 };
-
-// B or C of tokens first .. first + count as fp32 rows of STATES; in place where it already is that.
-template <int DTYPE>
-static inline const float* rows(const stored<DTYPE>* m, int64_t s_n, int64_t s_l, int64_t first,
-                                int count, float* buffer, int64_t& step) {
-    if constexpr (DTYPE == FP32) {
-        if (s_n == 1) {
-            step = s_l;
-            return m + first * s_l;
-        }
-    }
-    for (int t = 0; t < count; t++)
-        for (int n = 0; n < STATES; n++)
-            buffer[t * STATES + n] = to_float<DTYPE>(m[(first + t) * s_l + n * s_n]);
-    step = STATES;
-    return buffer;
-}
 
 // DECAYS: no exponent is positive, so exponentials need no upper bound.
 template <int COUNT, bool DECAYS>
