@@ -17,6 +17,7 @@ from ouro_compiler.kernels.cpp.launch import (
     refuse_dtypes,
     spec_of,
 )
+from ouro_compiler.kernels.cpp.scan import token_major
 from ouro_compiler.kernels.launch import contiguous, note_copy
 from ouro_compiler.kernels.spec import Template
 from ouro_compiler.ops.fused import check_gate_sum, empty_quantized
@@ -232,8 +233,8 @@ def gate_sum_quantize(
     values = y.new_empty(tokens.shape if emit else 0)
     matrices: list[Any] = [tokens, tokens.stride(0), tokens.stride(1)]
     for tensor, name in ((other, "other"), (z, "z")):
-        part = None if tensor is None else rows(tensor.transpose(1, 2), name)
-        matrices += (None, 0, 0) if part is None else (part, part.stride(0), part.stride(1))
+        part = None if tensor is None else token_major(tensor, name)
+        matrices += (None, 0, 0) if part is None else (part, part.stride(0), part.stride(2))
     launch(
         spec_of(Template.GATE_SUM_QUANTIZE, DTYPE=dtype_code(y)),
         *(*matrices, factor, values if emit else None),

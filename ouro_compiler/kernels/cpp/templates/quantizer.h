@@ -65,18 +65,18 @@ static inline ivec lanes_below(int64_t count) {
 // One window of one sample, and the list that grows in it.
 class Window {
     const Quantizer& q;
-    const int64_t list;           // where its row of `start` begins
-    Buffer<vec> mask;  // which lanes are on the list; those without a channel never join
-    Buffer<int64_t> hit;  // vectors with a channel on the list
+    const int64_t list;   // where its row of `start` begins
+    Buffer<vec> mask;     // which lanes are on the list; those without a channel never join
+    Buffer<int64_t> hit;  // the vectors with a channel on the list
     int64_t hits = 0;
 
   public:
     const int64_t sample, first, count;  // steps first .. first + count
 
     Window(const Quantizer& q, int64_t task)
-        : q(q), list(task * q.columns), mask(vectors(q.columns)),
-          hit(vectors(q.columns)), sample(task / q.windows()),
-          first(task % q.windows() * q.window), count(q.length - first < q.window ? q.length - first : q.window) {
+        : q(q), list(task * q.columns), mask(vectors(q.columns)), hit(vectors(q.columns)),
+          sample(task / q.windows()), first(task % q.windows() * q.window),
+          count(q.length - first < q.window ? q.length - first : q.window) {
         for (int64_t v = 0; v < vectors(q.columns); v++) {
             mask[v] = vec{};
             if (q.threshold) continue;
