@@ -13,7 +13,7 @@ import ouro_compiler.kernels.cpu  # importing them registers the kernels for CPU
 import ouro_compiler.kernels.cuda  # noqa: F401
 from ouro_compiler.config import Target
 from ouro_compiler.errors import DeviceError, UsageError
-from ouro_compiler.runtime.bind import bind_to_cpu
+from ouro_compiler.runtime.cpu_runner import CpuRunner
 
 
 class CompiledModel(nn.Module):
@@ -29,7 +29,7 @@ class CompiledModel(nn.Module):
         module = program.module(check_guards=False)
         assert isinstance(module, fx.GraphModule)
         self.graph_module = module
-        self._on_cpu: fx.GraphModule | None = None
+        self._on_cpu: CpuRunner | None = None
 
     def forward(self, images: Tensor) -> Tensor:
         """Run a batch. Raises UsageError if the images have another shape."""
@@ -42,11 +42,11 @@ class CompiledModel(nn.Module):
         if images.device.type != "cpu":
             with torch.no_grad():
                 return self.graph_module(images)
-        with torch.inference_mode():
-            if self._on_cpu is None:
-                self._on_cpu = bind_to_cpu(self.graph_module)
-            outputs = self._on_cpu(images)
-        return torch.utils._pytree.tree_map_only(Tensor, Tensor.clone, outputs)
+        if images.dtype != torch.float32:
+            raise UsageError(f"images are {images.dtype}: pass them as torch.float32")
+        if self._on_cpu is None:
+            self._on_cpu = CpuRunner(self.graph_module)
+        return self._on_cpu(images)
 
     def _apply(self, *args: Any, **kwargs: Any) -> CompiledModel:
         self._on_cpu = None  # its constants are copies, left where they were

@@ -138,7 +138,6 @@ def test_a_product_that_is_not_exact_is_not_used(monkeypatch: pytest.MonkeyPatch
     """The check at first use finds it, and the reference runs from then on."""
     monkeypatch.setattr(cpp_launch, "_failures", {})
     monkeypatch.setattr(cpp_launch, "_functions", {})
-    monkeypatch.setattr(linear, "_exact", set())
     monkeypatch.setattr(
         linear,
         "linear_dynamic_outlier_ref",

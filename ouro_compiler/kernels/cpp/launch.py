@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import re
+import struct
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,10 +21,11 @@ NO_COMPILER = "no C++ compiler was found: install g++ or clang++, or set CXX"
 # Codes of dtypes in constants and arguments; templates/memory.h has the same.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-_PARAMETERS = {"int64_t": ctypes.c_int64, "float": ctypes.c_float, "double": ctypes.c_double}
-_PLAIN = {int, bool, float, type(None)}
-_functions: dict[KernelSpec, Any] = {}
+Function = Callable[[Any, int], None]  # (words, threads)
+_INTEGERS = {int, bool}
+_functions: dict[KernelSpec, Function] = {}
 _failures: dict[KernelSpec, str] = {}
+_checks: dict[Template, Callable[[KernelSpec], None]] = {}
 
 
 def refuse_dtypes(*tensors: Tensor | None) -> str | None:
@@ -47,59 +50,61 @@ def spec_of(template: Template, **constants: int) -> KernelSpec:
 def launch(spec: KernelSpec, *args: Any) -> None:
     """Call a kernel, compiled at its first use, or record the call. Raises BuildError.
 
-    Tensors are passed as addresses, None as a null pointer. The last parameter of every kernel is
-    the number of threads it may use; it is added here.
+    Arguments are tensors, None for a null pointer, integers and floats.
     """
     recording = current_recording()
     if recording is not None:
         recording.launches.append(Launch(spec=spec, grid=(1, 1, 1), args=args))
         return
-    function = _functions.get(spec) or _load(spec)
+    function = _functions.get(spec) or load_function(spec)
+    function(words(args), torch.get_num_threads())
+
+
+def words(args: tuple[Any, ...], address: Callable[[Tensor], int] = Tensor.data_ptr) -> Any:
+    """Arguments as an array of 64-bit words, for the function of a kernel."""
     # Asking for plain types is much faster than isinstance(arg, Tensor): this runs for every node.
-    function(
-        *[arg if type(arg) in _PLAIN else arg.data_ptr() for arg in args], torch.get_num_threads()
-    )
+    found = [
+        arg
+        if type(arg) in _INTEGERS
+        else 0
+        if arg is None
+        else struct.unpack("q", struct.pack("d", arg))[0]
+        if type(arg) is float
+        else address(arg)
+        for arg in args
+    ]
+    return (ctypes.c_int64 * len(found))(*found)
 
 
-def raise_build_error(spec: KernelSpec, problem: str) -> None:
-    """Never launch a kernel again, for the reason given. Raises BuildError."""
-    _functions.pop(spec, None)
-    _failures[spec] = problem
-    raise BuildError(problem)
+def check_at_first_use(template: Template, check: Callable[[KernelSpec], None]) -> None:
+    """Run `check` on every kernel of a template once it is loaded; it may raise BuildError."""
+    _checks[template] = check
 
 
-def _load(spec: KernelSpec) -> Any:
+def load_function(spec: KernelSpec) -> Function:
     """The compiled function of a spec. Raises BuildError; a failure is remembered."""
+    if spec in _functions:
+        return _functions[spec]
     if spec in _failures:
         raise BuildError(_failures[spec])
     toolchain = find_toolchain()
     try:
         if toolchain is None:
             raise BuildError(NO_COMPILER)
-        source = generate(spec)
-        function = _open(build(source, toolchain), spec, source)
+        _functions[spec] = _open(build(generate(spec), toolchain))
+        if spec.template in _checks:
+            _checks[spec.template](spec)
     except BuildError as error:
+        _functions.pop(spec, None)
         _failures[spec] = str(error)
         raise
-    return _functions.setdefault(spec, function)
+    return _functions[spec]
 
 
-def _open(path: Any, spec: KernelSpec, source: str) -> Any:
+def _open(path: Path) -> Function:
     try:
-        function = getattr(ctypes.CDLL(str(path)), spec.template.value)
+        function = ctypes.CDLL(str(path)).call
     except (OSError, AttributeError) as error:
         raise BuildError(f"the compiled kernel cannot be loaded: {error}") from error
-    function.argtypes = _argument_types(source, spec.template.value)
-    function.restype = None
+    function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_int64], None
     return function
-
-
-def _argument_types(source: str, name: str) -> list[Any]:
-    """ctypes of the parameters of `extern "C" void name(...)`."""
-    match = re.search(rf'extern "C"[^(]*\b{name}\(([^)]*)\)', source)
-    assert match is not None, f"{name} is not in its template"
-    parameters = [part.strip() for part in match.group(1).split(",")]
-    return [
-        ctypes.c_void_p if "*" in part else _PARAMETERS[part.rpartition(" ")[0]]
-        for part in parameters
-    ]

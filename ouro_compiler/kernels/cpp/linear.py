@@ -10,21 +10,20 @@ from torch import Tensor
 
 from ouro_compiler.kernels.cpp.launch import (
     DTYPES,
+    check_at_first_use,
     dtype_code,
     launch,
-    raise_build_error,
     refuse_dtypes,
     spec_of,
 )
-from ouro_compiler.kernels.cpp.toolchain import cpu_features
-from ouro_compiler.kernels.launch import contiguous, current_recording
+from ouro_compiler.kernels.cpp.toolchain import BuildError, cpu_features
+from ouro_compiler.kernels.launch import contiguous
 from ouro_compiler.kernels.spec import KernelSpec, Template
 from ouro_compiler.ops.linear import check, linear_dynamic_outlier_ref
 from ouro_compiler.ops.packing import pack_int4_ref
 from ouro_compiler.ops.quantize import KEEP_FLOAT_BITS, listed_mask, window_length
 
 _WORDS, _BYTES, _QUADS = range(3)  # KIND in templates/products.h
-_exact: set[KernelSpec] = set()
 _ACTIVATIONS = {"none": 0, "silu": 1, "softplus": 2}
 
 
@@ -76,8 +75,6 @@ def linear_dynamic_outlier(
     residual = None if residual is None else contiguous(residual, "residual")
     y = codes.new_empty((batch, length, outputs), dtype=dtype or torch.float32)
     spec = linear_spec(qweight.dtype, outlier_bits, y.dtype)
-    if spec not in _exact:
-        _check_exactness(spec)
     launch(
         spec,
         *(codes, inlier_scale.contiguous(), dtype_code(inlier_scale), outlier_scale.contiguous()),
@@ -96,9 +93,6 @@ def _check_exactness(spec: KernelSpec) -> None:
 
     Raises BuildError if they differ: instructions that saturate would go unnoticed otherwise.
     """
-    if current_recording() is not None:
-        return
-    _exact.add(spec)  # the call below comes back here
     packed, outlier_bits = bool(spec["PACKED"]), spec["OUTLIER_BITS"]
     length, columns, outputs = 7, 67, 37
     codes = torch.tensor([-127, 127, 127, -127, 127], dtype=torch.int8).repeat(94)[
@@ -128,7 +122,7 @@ def _check_exactness(spec: KernelSpec) -> None:
         "dtype": next(dtype for dtype, code in DTYPES.items() if code == spec["DTYPE_Y"]),
     }
     if not torch.equal(linear_dynamic_outlier(**given), linear_dynamic_outlier_ref(**given)):
-        raise_build_error(spec, "its integer product is not exact on this machine")
+        raise BuildError("its integer product is not exact on this machine")
 
 
 @functools.cache
@@ -143,3 +137,6 @@ def linear_spec(
     return spec_of(
         Template.LINEAR, KIND=kind, PACKED=packed, OUTLIER_BITS=outlier_bits, DTYPE_Y=DTYPES[dtype]
     )
+
+
+check_at_first_use(Template.LINEAR, _check_exactness)

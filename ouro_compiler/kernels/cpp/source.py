@@ -1,7 +1,7 @@
 """KernelSpec -> the text of one self-contained C++ file.
 
-A template is C++ that names its constants; generating it puts their values in front and its headers
-in place.
+A template is C++ that names its constants; generating it puts their values in front, its headers in
+place, and behind it `call`, which takes the kernel's arguments from an array of 64-bit words.
 """
 
 from __future__ import annotations
@@ -17,10 +17,33 @@ _INCLUDE = re.compile(r'^#include "(\w+\.h)"\n', re.MULTILINE)
 
 
 def generate(spec: KernelSpec) -> str:
-    """The source of a spec's kernel: one `extern "C"` function with the template's name."""
+    """The source of a spec's kernel, whose entry is `call(const int64_t* words, int64_t threads)`.
+
+    A word is an address, an integer, or the bits of a double; the kernel's last parameter is the
+    number of threads it may use.
+    """
     constants = "".join(f"constexpr int {name} = {value};\n" for name, value in spec.constants)
-    return f"// {spec.label}, generated from kernels/cpp/templates.\n{constants}" + "".join(
-        text for _, text in _with_headers(f"{spec.template.value}.cpp")
+    template = "".join(text for _, text in _with_headers(f"{spec.template.value}.cpp"))
+    heading = f"// {spec.label}, generated from kernels/cpp/templates.\n"
+    return heading + constants + template + _entry(template, spec.template.value)
+
+
+def _entry(template: str, name: str) -> str:
+    match = re.search(rf'extern "C"[^(]*\b{name}\(([^)]*)\)', template)
+    assert match is not None, f"{name} is not in its template"
+    *parameters, threads = (part.strip() for part in match.group(1).split(","))
+    assert threads == "int64_t threads", f"the last parameter of {name} is not its threads"
+    words = []
+    for index, parameter in enumerate(parameters):
+        kind = parameter.rpartition("*")[0] + "*" if "*" in parameter else parameter.split()[0]
+        word = f"words[{index}]"
+        words.append(f"as_double({word})" if kind in ("float", "double") else f"({kind}){word}")
+    arguments = ", ".join([*words, "threads"])
+    return (
+        "static inline double as_double(int64_t word) {\n"
+        "    double value;\n    memcpy(&value, &word, sizeof value);\n    return value;\n}\n\n"
+        'extern "C" void call(const int64_t* words, int64_t threads) {\n'
+        f"    {name}({arguments});\n}}\n"
     )
 
 

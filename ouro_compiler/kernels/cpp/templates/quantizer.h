@@ -139,9 +139,8 @@ class Window {
 
     void join(int64_t v, ivec joins, int32_t position) {
         mask[v] = (vec)((ivec)mask[v] | joins);
-        for (int i = 0; i < LANES; i++) {
-            if (!joins[i]) continue;
-            const int64_t k = list + v * LANES + i;
+        for (unsigned left = bits_of(joins); left; left &= left - 1) {
+            const int64_t k = list + v * LANES + __builtin_ctz(left);
             if (q.wide_start)
                 ((int32_t*)q.start)[k] = position;
             else

@@ -23,8 +23,8 @@ struct Scan {
     int64_t sb_n, sb_l, sc_n, sc_l;
 };
 
-// DECAYS: no exponent is positive, so exponentials need no upper bound.
-template <int COUNT, bool DECAYS>
+// INSIDE: no exponent needs a bound.
+template <int COUNT, bool INSIDE>
 static inline void states(const vec* a, vec* h, const vec* dt, const vec* dx, vec* acc,
                           const float* b, int64_t sb, const float* c, int64_t sc, int count) {
     vec state[COUNT];
@@ -36,7 +36,7 @@ static inline void states(const vec* a, vec* h, const vec* dt, const vec* dx, ve
 #pragma GCC unroll 8
         for (int n = 0; n < COUNT; n++) {
             const vec exponent = step * a[n];
-            const vec decay = DECAYS ? exp2_below_128(exponent) : exp2(exponent);
+            const vec decay = INSIDE ? exp2_inside(exponent) : exp2(exponent);
             state[n] = fma(decay, state[n], input * b[t * sb + n]);
             sum = fma(state[n], all(c[t * sc + n]), sum);
         }
@@ -45,14 +45,14 @@ static inline void states(const vec* a, vec* h, const vec* dt, const vec* dx, ve
     for (int n = 0; n < COUNT; n++) h[n] = state[n];
 }
 
-template <bool DECAYS>
+template <bool INSIDE>
 static void all_states(const vec* a, vec* h, const vec* dt, const vec* dx, vec* acc, const float* b,
                        int64_t sb, const float* c, int64_t sc, int count) {
     int n = 0;
     for (; n + STATES_AT_ONCE <= STATES; n += STATES_AT_ONCE)
-        states<STATES_AT_ONCE, DECAYS>(a + n, h + n, dt, dx, acc, b + n, sb, c + n, sc, count);
+        states<STATES_AT_ONCE, INSIDE>(a + n, h + n, dt, dx, acc, b + n, sb, c + n, sc, count);
     for (; n < STATES; n++)
-        states<1, DECAYS>(a + n, h + n, dt, dx, acc, b + n, sb, c + n, sc, count);
+        states<1, INSIDE>(a + n, h + n, dt, dx, acc, b + n, sb, c + n, sc, count);
 }
 
 static void scan(const Scan& s, const vec* a, vec skip, vec bias, bool softplus_delta, int64_t length,
@@ -60,18 +60,20 @@ static void scan(const Scan& s, const vec* a, vec skip, vec bias, bool softplus_
     vec h[STATES] = {};
     vec dt[TILE], dx[TILE], acc[TILE];
     float b_buffer[TILE * STATES], c_buffer[TILE * STATES];
-    ivec positive = {};
-    for (int n = 0; n < STATES; n++) positive |= ~(a[n] <= 0);
+    // Exponents are step * a: between step * least and 0 for what a model usually has.
+    vec least = a[0], greatest = a[0];
+    for (int n = 1; n < STATES; n++) least = min(least, a[n]), greatest = max(greatest, a[n]);
+    const ivec always = greatest <= 0;
     const int64_t tiles = (length + TILE - 1) / TILE;
     for (int64_t i = 0; i < tiles; i++) {
         const int64_t first = (REVERSE ? tiles - 1 - i : i) * TILE;
         const int count = int(std::min<int64_t>(TILE, length - first));
-        ivec grows = positive;
+        ivec inside = always;
         for (int t = 0; t < count; t++) {
             vec step = load<DTYPE_DELTA>(s.delta + (first + t) * s.sd_l, lanes) + bias;
             if (softplus_delta) step = softplus(step);
             const vec x = load<DTYPE_U>(s.u + (first + t) * s.su_l, lanes);
-            grows |= ~(step >= 0);
+            inside &= (step >= 0) & (step * least >= -126);
             dt[t] = step;
             dx[t] = step * x;
             acc[t] = skip * x;
@@ -79,7 +81,7 @@ static void scan(const Scan& s, const vec* a, vec skip, vec bias, bool softplus_
         int64_t sb, sc;
         const float* b = rows<DTYPE_BC>(s.B, s.sb_n, s.sb_l, first, count, b_buffer, sb);
         const float* c = rows<DTYPE_BC>(s.C, s.sc_n, s.sc_l, first, count, c_buffer, sc);
-        if (any(grows))
+        if (any(~inside))
             all_states<false>(a, h, dt, dx, acc, b, sb, c, sc, count);
         else
             all_states<true>(a, h, dt, dx, acc, b, sb, c, sc, count);

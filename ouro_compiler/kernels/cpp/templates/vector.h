@@ -64,43 +64,20 @@ static inline vec all(float value) {
 #endif
 }
 
-// Is any element of a comparison's result set?
-static inline bool any(ivec mask) {
-    int32_t found = 0;
-    for (int i = 0; i < LANES; i++) found |= mask[i];
-    return found != 0;
-}
-
-// The sum of x's elements, in a fixed order.
-static inline float sum(vec x) {
-    float total = 0;
-    for (int i = 0; i < LANES; i++) total += x[i];
-    return total;
-}
-
-#if defined(__AVX2__)
-static inline __m256 fold(vec x) {  // to eight elements
+// Bit i of the result: is element i of a comparison's result set?
+static inline unsigned bits_of(ivec mask) {
 #if defined(__AVX512F__)
-    return _mm256_add_ps(_mm512_castps512_ps256((__m512)x),
-                         _mm256_castpd_ps(_mm512_extractf64x4_pd((__m512d)x, 1)));
+    return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask);
+#elif defined(__AVX2__)
+    return unsigned(_mm256_movemask_ps((__m256)mask));
 #else
-    return (__m256)x;
+    unsigned found = 0;
+    for (int i = 0; i < LANES; i++) found |= unsigned(mask[i] & 1) << i;
+    return found;
 #endif
 }
-#endif
 
-// sums[i] += the sum of the elements of v[i], for four vectors; in another order than sum's.
-static inline void add_four_sums(float* sums, const vec* v) {
-#if defined(__AVX2__)
-    const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(fold(v[0]), fold(v[1])),
-                                        _mm256_hadd_ps(fold(v[2]), fold(v[3])));
-    const __m128 four =
-        _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1));
-    _mm_storeu_ps(sums, _mm_add_ps(_mm_loadu_ps(sums), four));
-#else
-    for (int k = 0; k < 4; k++) sums[k] += sum(v[k]);
-#endif
-}
+static inline bool any(ivec mask) { return bits_of(mask) != 0; }
 
 static inline vec abs(vec x) { return (vec)((ivec)x & 0x7fffffff); }
 
@@ -110,10 +87,8 @@ static inline vec round_even(vec x) {
     return (x + magic) - magic;
 }
 
-// 2^x for x < 128, with a relative error of at most 2.5e-7. 2^0 is exactly 1, below 2^-126 the
-// result is 2^-126, and not a number stays one.
-static inline vec exp2_below_128(vec x) {
-    x = max(all(-126.f), x);
+// 2^x for -126 <= x < 128, with a relative error of at most 2.5e-7; 2^0 is exactly 1.
+static inline vec exp2_inside(vec x) {
     const vec magic = all(0x1.8p23f);
     vec shifted = x + magic;
     vec f = x - (shifted - magic);
@@ -126,8 +101,8 @@ static inline vec exp2_below_128(vec x) {
     return (vec)((ivec)p + ((ivec)shifted << 23));
 }
 
-// The same for every x: infinite from 2^128.
-static inline vec exp2(vec x) { return exp2_below_128(min(all(128.f), x)); }
+// The same for every x: 2^-126 below the range, infinite above, and not a number stays one.
+static inline vec exp2(vec x) { return exp2_inside(min(all(128.f), max(all(-126.f), x))); }
 
 constexpr float LOG2E = 1.4426950408889634f;
 
