@@ -79,6 +79,37 @@ static inline unsigned bits_of(ivec mask) {
 
 static inline bool any(ivec mask) { return bits_of(mask) != 0; }
 
+// The sum of x's elements, in a fixed order.
+static inline float sum(vec x) {
+    float total = 0;
+    for (int i = 0; i < LANES; i++) total += x[i];
+    return total;
+}
+
+#if defined(__AVX__)
+static inline __m256 fold(vec x) {  // to eight elements
+#if defined(__AVX512F__)
+    return _mm256_add_ps(_mm512_castps512_ps256((__m512)x),
+                         _mm256_castpd_ps(_mm512_extractf64x4_pd((__m512d)x, 1)));
+#else
+    return (__m256)x;
+#endif
+}
+#endif
+
+// sums[i] += the sum of the elements of v[i], for four vectors; in another order than sum's.
+static inline void add_four_sums(float* sums, const vec* v) {
+#if defined(__AVX__)
+    const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(fold(v[0]), fold(v[1])),
+                                        _mm256_hadd_ps(fold(v[2]), fold(v[3])));
+    const __m128 four =
+        _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1));
+    _mm_storeu_ps(sums, _mm_add_ps(_mm_loadu_ps(sums), four));
+#else
+    for (int k = 0; k < 4; k++) sums[k] += sum(v[k]);
+#endif
+}
+
 static inline vec abs(vec x) { return (vec)((ivec)x & 0x7fffffff); }
 
 // x rounded to an integer, half to even, for |x| < 2^22.
