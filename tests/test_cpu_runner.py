@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from functools import lru_cache
 
@@ -133,6 +134,13 @@ def test_views_and_other_ops_on_a_tape() -> None:
             x = torch.randn(size, 5, 4, generator=torch.Generator().manual_seed(seed))
             for found, expected in zip(tape(x), Views()(x), strict=True):
                 assert torch.equal(found, expected)
+
+
+def test_a_copy_runs_on_its_own() -> None:
+    model = compiled("w4a4")
+    batch = images(2, seed=4)
+    expected = [model(batch), model(batch)][1]
+    assert torch.equal(copy.deepcopy(model)(batch), expected)
 
 
 def test_images_of_another_dtype_are_refused() -> None:

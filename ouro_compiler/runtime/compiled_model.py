@@ -48,6 +48,9 @@ class CompiledModel(nn.Module):
             self._on_cpu = CpuRunner(self.graph_module)
         return self._on_cpu(images)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_on_cpu": None}  # addresses mean nothing in a copy
+
     def _apply(self, *args: Any, **kwargs: Any) -> CompiledModel:
         self._on_cpu = None  # its constants are copies, left where they were
         return super()._apply(*args, **kwargs)

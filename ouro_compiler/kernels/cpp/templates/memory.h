@@ -6,16 +6,22 @@
 constexpr int FP32 = 0, BF16 = 1, FP16 = 2;
 constexpr int UINT8 = 3, INT32 = 4;  // zero points only
 
+#if defined(__clang__) && defined(__x86_64__)
+typedef __fp16 fp16_t;  // _Float16 needs a processor that computes in it
+#else
+typedef _Float16 fp16_t;
+#endif
+
 template <int DTYPE> struct element;
 template <> struct element<FP32> { typedef float type; };
 template <> struct element<BF16> { typedef uint16_t type; };
-template <> struct element<FP16> { typedef _Float16 type; };
+template <> struct element<FP16> { typedef fp16_t type; };
 
 template <int DTYPE> using stored = typename element<DTYPE>::type;
 
 typedef uint16_t half_bits __attribute__((vector_size(LANES * 2)));
 typedef uint32_t word_bits __attribute__((vector_size(LANES * 4)));
-typedef _Float16 half_vec __attribute__((vector_size(LANES * 2)));
+typedef fp16_t half_vec __attribute__((vector_size(LANES * 2)));
 
 template <int DTYPE> static inline vec load(const stored<DTYPE>* p) {
     if constexpr (DTYPE == FP32) {
@@ -74,7 +80,7 @@ template <int DTYPE> static inline void store(stored<DTYPE>* p, vec x, int count
     for (int i = 0; i < count; i++) p[i] = part[i];
 }
 
-template <int DTYPE> static inline float to_float(stored<DTYPE> x) {
+template <int DTYPE> static inline float to_float(const stored<DTYPE>& x) {
     if constexpr (DTYPE == BF16) {
         uint32_t w = uint32_t(x) << 16;
         float r;
@@ -91,7 +97,7 @@ static inline float read(const void* p, int64_t dtype, int64_t i) {
     if (dtype == BF16) return to_float<BF16>(((const uint16_t*)p)[i]);
     if (dtype == UINT8) return ((const uint8_t*)p)[i];
     if (dtype == INT32) return float(((const int32_t*)p)[i]);
-    return to_float<FP16>(((const _Float16*)p)[i]);
+    return to_float<FP16>(((const fp16_t*)p)[i]);
 }
 
 // Lanes first, first + 1, ... of such a tensor with a stride; 0 beyond `count`, or without one.
@@ -107,5 +113,5 @@ static inline void write(void* p, int64_t dtype, int64_t i, float x) {
     const vec v = vec{} + x;
     if (dtype == FP32) store<FP32>((float*)p + i, v, 1);
     if (dtype == BF16) store<BF16>((uint16_t*)p + i, v, 1);
-    if (dtype == FP16) store<FP16>((_Float16*)p + i, v, 1);
+    if (dtype == FP16) store<FP16>((fp16_t*)p + i, v, 1);
 }

@@ -55,7 +55,7 @@ static inline void read_row(const void* p, int64_t dtype, int64_t columns, vec* 
     else if (dtype == BF16)
         load_row<BF16>((const uint16_t*)p, columns, row);
     else
-        load_row<FP16>((const _Float16*)p, columns, row);
+        load_row<FP16>((const fp16_t*)p, columns, row);
 }
 
 // Threads for this much work: all, or one where waking the others takes longer than they save.
