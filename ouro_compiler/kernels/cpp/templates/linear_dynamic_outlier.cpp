@@ -246,6 +246,13 @@ static void product_of_floats(const float* weights, int32_t count, const float* 
     }
 }
 
+struct Sums {  // of one row and a panel; outliers and kept are null where nothing is listed
+    const int32_t *inliers, *outliers;
+    const float* kept;
+    int32_t shift, listed_shift;
+    float inlier_scale, outlier_scale;
+};
+
 struct Epilogue {
     const float *scale, *bias;  // padded to whole panels; bias is null without one
     const void* residual;
@@ -253,31 +260,38 @@ struct Epilogue {
     stored<DTYPE_Y>* y;
 };
 
-static void finish(const Shape& s, const Epilogue& e, int64_t row, int64_t first, const int32_t* acc,
-                   const int32_t* acc_o, const float* kept, int32_t shift, int32_t shift_o,
-                   float inlier_scale, float outlier_scale) {
-    for (int o = 0; o < PANEL && first + o < s.outputs; o += LANES) {
-        const int count = int(std::min<int64_t>(LANES, s.outputs - first - o));
-        ivec sums, outliers;
-        memcpy(&sums, acc + o, sizeof sums);
-        const vec scale = load<FP32>(e.scale + first + o);
-        vec y = __builtin_convertvector(sums - shift, vec) * inlier_scale;
-        if (FLOAT_OUTLIERS) {
-            y *= scale;
-            if (kept) y += load<FP32>(kept + o) * scale;
-        } else {
-            if (acc_o) {
-                memcpy(&outliers, acc_o + o, sizeof outliers);
-                y += __builtin_convertvector(outliers - shift_o, vec) * outlier_scale;
-            }
-            y *= scale;
+// Row `row` of a panel, count <= LANES outputs from o on: scales, bias, activation, residual.
+static inline void finish_vector(const Shape& s, const Epilogue& e, const Sums& sums, int64_t row,
+                                 int64_t first, int o, int count) {
+    ivec acc;
+    memcpy(&acc, sums.inliers + o, sizeof acc);
+    const vec scale = load<FP32>(e.scale + first + o);
+    vec y = __builtin_convertvector(acc - sums.shift, vec) * sums.inlier_scale;
+    if (FLOAT_OUTLIERS) {
+        y *= scale;
+        if (sums.kept) y += load<FP32>(sums.kept + o) * scale;
+    } else {
+        if (sums.outliers) {
+            memcpy(&acc, sums.outliers + o, sizeof acc);
+            y += __builtin_convertvector(acc - sums.listed_shift, vec) * sums.outlier_scale;
         }
-        if (e.bias) y += load<FP32>(e.bias + first + o);
-        if (e.activation == SILU) y = silu(y);
-        if (e.activation == SOFTPLUS) y = softplus(y);
-        if (e.residual) y += read_lanes(e.residual, e.residual_dtype, row * s.outputs + first + o, 1, count);
-        store<DTYPE_Y>(e.y + row * s.outputs + first + o, y, count);
+        y *= scale;
     }
+    if (e.bias) y += load<FP32>(e.bias + first + o);
+    if (e.activation == SILU) y = silu(y);
+    if (e.activation == SOFTPLUS) y = softplus(y);
+    const int64_t at = row * s.outputs + first + o;
+    if (e.residual) y += read_lanes(e.residual, e.residual_dtype, at, 1, count);
+    store<DTYPE_Y>(e.y + at, y, count);
+}
+
+static void finish(const Shape& s, const Epilogue& e, const Sums& sums, int64_t row, int64_t first) {
+    if (first + PANEL <= s.outputs) {
+        for (int o = 0; o < PANEL; o += LANES) finish_vector(s, e, sums, row, first, o, LANES);
+        return;
+    }
+    for (int o = 0; o < s.outputs - first; o += LANES)
+        finish_vector(s, e, sums, row, first, o, int(std::min<int64_t>(LANES, s.outputs - first - o)));
 }
 
 extern "C" void linear_dynamic_outlier(
@@ -350,18 +364,19 @@ extern "C" void linear_dynamic_outlier(
                         out[r] = parted.outliers.get() + row * s.row;
                         floats_of[r] = parted.kept.get() + row * columns;
                     }
-                    product(in, panel.get(), s.groups, exact, acc);
+                    product(in, panel.get(), s.groups, exact, outputs - first, acc);
                     if (FLOAT_OUTLIERS && found)
                         product_of_floats(listed_floats.get(), found, floats_of, kept);
                     else if (found)
-                        product(out, listed.get(), (found + GROUP - 1) / GROUP, exact_groups(127, found), acc_o);
+                        product(out, listed.get(), (found + GROUP - 1) / GROUP, exact_groups(127, found), outputs - first, acc_o);
                     for (int r = 0; r < ROWS && i + r < count; r++) {
                         const int64_t row = begin + i + r;
-                        finish(s, e, row, first, acc + r * PANEL, found ? acc_o + r * PANEL : nullptr,
-                               found ? kept + r * PANEL : nullptr, OFFSET * parted.sums[row],
-                               FLOAT_OUTLIERS ? 0 : OFFSET * parted.listed_sums[row],
-                               parted.scales[row],
-                               ((const float*)outlier_scale)[row]);
+                        const Sums sums = {acc + r * PANEL, found ? acc_o + r * PANEL : nullptr,
+                                           found ? kept + r * PANEL : nullptr,
+                                           OFFSET * parted.sums[row],
+                                           FLOAT_OUTLIERS ? 0 : OFFSET * parted.listed_sums[row],
+                                           parted.scales[row], ((const float*)outlier_scale)[row]};
+                        finish(s, e, sums, row, first);
                     }
                 }
             }

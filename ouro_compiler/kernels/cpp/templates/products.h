@@ -104,32 +104,41 @@ static inline int64_t exact_groups(int64_t peak, int64_t groups) {
     return 32767 / (2 * (2 * OFFSET - 1) * peak);
 }
 
-// tile (ROWS, PANEL) = or += `groups` groups of ROWS rows of codes times a panel.
-template <bool ADD>
+// tile (ROWS, PANEL) = or += groups of ROWS rows of codes times the first vectors of a panel.
+template <bool ADD, int VECTORS>
 static inline void product_of_groups(const code_t* const* rows, const weight_t* panel, int64_t first,
                                      int64_t last, int32_t* tile) {
-    lanes_t acc[ROWS][WIDTH] = {};
+    lanes_t acc[ROWS][VECTORS] = {};
     for (int64_t g = first; g < last; g++) {
-        lanes_t weights[WIDTH];
-        for (int v = 0; v < WIDTH; v++)
+        lanes_t weights[VECTORS];
+        for (int v = 0; v < VECTORS; v++)
             memcpy(&weights[v], (const char*)panel + (g * WIDTH + v) * VECTOR, VECTOR);
 #pragma GCC unroll 10
         for (int r = 0; r < ROWS; r++) {
             const lanes_t codes = broadcast(rows[r] + g * GROUP);
 #pragma GCC unroll 2
-            for (int v = 0; v < WIDTH; v++) acc[r][v] = multiply_add(acc[r][v], weights[v], codes);
+            for (int v = 0; v < VECTORS; v++) acc[r][v] = multiply_add(acc[r][v], weights[v], codes);
         }
     }
 #pragma GCC unroll 10
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 2
-        for (int v = 0; v < WIDTH; v++) flush<ADD>(acc[r][v], tile + r * PANEL + v * OUTPUTS);
+        for (int v = 0; v < VECTORS; v++) flush<ADD>(acc[r][v], tile + r * PANEL + v * OUTPUTS);
 }
 
-// tile (ROWS, PANEL) = codes of ROWS rows times a panel, summed exactly.
+template <int VECTORS>
+static inline void product_of_vectors(const code_t* const* rows, const weight_t* panel,
+                                      int64_t groups, int64_t exact, int32_t* tile) {
+    product_of_groups<false, VECTORS>(rows, panel, 0, groups < exact ? groups : exact, tile);
+    for (int64_t first = exact; first < groups; first += exact) {
+        const int64_t last = first + exact < groups ? first + exact : groups;
+        product_of_groups<true, VECTORS>(rows, panel, first, last, tile);
+    }
+}
+
+// tile (ROWS, PANEL) = codes of ROWS rows times a panel's first `outputs` outputs, summed exactly.
 static inline void product(const code_t* const* rows, const weight_t* panel, int64_t groups,
-                           int64_t exact, int32_t* tile) {
-    product_of_groups<false>(rows, panel, 0, groups < exact ? groups : exact, tile);
-    for (int64_t first = exact; first < groups; first += exact)
-        product_of_groups<true>(rows, panel, first, first + exact < groups ? first + exact : groups, tile);
+                           int64_t exact, int64_t outputs, int32_t* tile) {
+    if (outputs <= OUTPUTS) product_of_vectors<1>(rows, panel, groups, exact, tile);
+    else product_of_vectors<WIDTH>(rows, panel, groups, exact, tile);
 }
