@@ -1,4 +1,4 @@
-"""python -m benchmarks.run --suite NAME [--arch sm_80,sm_90] [--models A,B] [--json FILE]"""
+"""python -m benchmarks.run --suite NAME [--json FILE] and the options of that suite"""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
+import benchmarks.cpu
 import benchmarks.models
-import benchmarks.offline  # noqa: F401  (both register their suites)
+import benchmarks.offline  # noqa: F401  (they register their suites)
 from benchmarks.registry import SUITES
 
 
@@ -19,8 +20,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     parser.add_argument("--suite", required=True, choices=sorted(SUITES))
     parser.add_argument("--arch", default="sm_80,sm_89,sm_90", help="architectures (offline)")
-    parser.add_argument("--models", help="architectures, with commas (models)")
-    parser.add_argument("--images", type=int, default=2, help="calibration images (models)")
+    parser.add_argument("--models", help="architectures, with commas (models, cpu)")
+    parser.add_argument("--images", type=int, default=2, help="calibration images (models, cpu)")
+    parser.add_argument("--filter", help="a regular expression that rows' names match (cpu)")
+    parser.add_argument("--batches", default="1,8", help="batch sizes, with commas (cpu)")
+    parser.add_argument("--rounds", type=int, default=9, help="turns of every variant (cpu)")
     parser.add_argument("--json", type=Path, help="write the rows, with what they were made with")
     given = parser.parse_args()
     rows = SUITES[given.suite](given)
@@ -33,13 +37,15 @@ def main() -> None:
 
 def machine() -> dict[str, str]:
     """What the numbers were made with."""
-    import triton
-
+    try:
+        from triton import __version__ as triton_version
+    except ImportError:
+        triton_version = "none"
     return {
         "processor": platform.machine(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": triton.__version__,
+        "triton": triton_version,
     }
 
 
