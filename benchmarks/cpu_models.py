@@ -124,7 +124,7 @@ def _onnx(subject: Subject, images: Tensor) -> Built:
 def _ours_fp32(subject: Subject, images: Tensor) -> Built:
     """The prepared graph on our kernels: as it is, or compiled by Inductor, whichever is faster."""
     plain = bind_to_cpu(subject.graph)
-    compiled = peers.inductor(peers.without_references(subject.graph))
+    compiled = peers.inductor(peers.without_references(subject.graph), images)
     both = [
         Candidate("plain fx", lambda: plain(images)),
         Candidate("Inductor", lambda: compiled(images)),

@@ -132,20 +132,24 @@ def without_references(module: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(module, graph)
 
 
-def inductor(module: nn.Module) -> Model:
-    """torch.compile for static shapes, weights folded into the code as for inference."""
-    return torch.compile(module, dynamic=False, options={"freezing": True})
+def inductor(module: nn.Module, images: Tensor) -> Model:
+    """torch.compile for this batch size, weights folded and packed as for inference."""
+    compiled = torch.compile(module, dynamic=False)
+    # As an option of torch.compile it would not reach all of what compiles.
+    with torch.no_grad(), torch._inductor.config.patch(freezing=True):
+        compiled(images)
+    return compiled
 
 
 def inductor_fp32(model: nn.Module, images: Tensor) -> Model:
     """The model compiled by Inductor around our scan."""
-    return inductor(plain_graph(model, images))
+    return inductor(plain_graph(model, images), images)
 
 
 def inductor_bf16(model: nn.Module, images: Tensor) -> Model:
     """The same with weights and activations in bf16."""
     half = images.bfloat16()
-    compiled = inductor(plain_graph(copy.deepcopy(model).bfloat16(), half))
+    compiled = inductor(plain_graph(copy.deepcopy(model).bfloat16(), half), half)
     return lambda given: compiled(given.bfloat16()).float()
 
 
@@ -177,4 +181,4 @@ def inductor_int8(model: nn.Module, images: Tensor) -> Model:
     prepared(images)
     converted = convert_pt2e(prepared)
     move_exported_model_to_eval(converted)
-    return inductor(converted)
+    return inductor(converted, images)
