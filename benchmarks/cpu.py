@@ -24,6 +24,7 @@ from benchmarks.ceilings import best, measure_ceilings
 from benchmarks.cpu_kernels import chosen_groups, measure_kernels, set_shares
 from benchmarks.cpu_models import measure_model
 from benchmarks.cpu_table import line
+from benchmarks.output import write_rows
 from benchmarks.registry import Row, suite
 from ouro_compiler.kernels.cpp.toolchain import cpu_features, find_toolchain
 
@@ -40,6 +41,14 @@ def cpu(options: argparse.Namespace) -> list[Row]:
     groups = chosen_groups(batches, pattern)
     ceilings = measure_ceilings() if groups or re.search(pattern, "ceilings") else []
     rows: list[Row] = []
+
+    def about() -> Row:
+        loads = {"load_at_start": load, "load_at_end": os.getloadavg()}
+        return {"kind": "machine", **machine(), **loads}
+
+    def save() -> None:
+        if options.json is not None:
+            write_rows(options.json, "cpu", [about(), *ceilings, *rows])
 
     def report(row: Row) -> None:
         print(line(row), flush=True)
@@ -59,8 +68,8 @@ def cpu(options: argparse.Namespace) -> list[Row]:
             pattern=pattern,
             report=report,
         )
-    about = {**machine(), "load_at_start": load, "load_at_end": os.getloadavg()}
-    return [{"kind": "machine", **about}, *ceilings, *rows]
+        save()  # a run takes long: what it has so far is in the file
+    return [about(), *ceilings, *rows]
 
 
 def machine() -> dict[str, Any]:

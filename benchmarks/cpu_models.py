@@ -109,7 +109,8 @@ def _eager(subject: Subject, images: Tensor) -> Built:
 def _mamba(subject: Subject, images: Tensor) -> Built:
     del images
     scan = peers.mamba_scan()
-    return Built(subject.model, context=lambda: peers.scan_by(scan))
+    note = "what the others are compared with"
+    return Built(subject.model, note, lambda: peers.scan_by(scan))
 
 
 def _peer(make: Callable[[Any, Tensor], Model], note: str) -> Callable[[Subject, Tensor], Built]:

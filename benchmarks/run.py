@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 from pathlib import Path
-
-import torch
 
 import benchmarks.cpu
 import benchmarks.models
 import benchmarks.offline  # noqa: F401  (they register their suites)
+from benchmarks.output import write_rows
 from benchmarks.registry import SUITES
 
 
@@ -29,24 +25,7 @@ def main() -> None:
     given = parser.parse_args()
     rows = SUITES[given.suite](given)
     if given.json is not None:
-        content = {"suite": given.suite, "machine": machine(), "rows": rows}
-        partial = given.json.with_name(f"{given.json.name}.{os.getpid()}.partial")
-        partial.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
-        os.replace(partial, given.json)
-
-
-def machine() -> dict[str, str]:
-    """What the numbers were made with."""
-    try:
-        from triton import __version__ as triton_version
-    except ImportError:
-        triton_version = "none"
-    return {
-        "processor": platform.machine(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": triton_version,
-    }
+        write_rows(given.json, given.suite, rows)
 
 
 if __name__ == "__main__":

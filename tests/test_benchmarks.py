@@ -32,6 +32,7 @@ def rows() -> list[dict[str, object]]:
         models="vim_micro",
         images=2,
         rounds=1,
+        json=None,
     )
     return cpu.cpu(options)
 
