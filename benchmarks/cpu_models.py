@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import re
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -210,7 +211,8 @@ def _measure_batch(
                 rows[name]["reason"] = sentence(error)
                 continue
             finally:
-                rows[name]["build_seconds"] = round(time.perf_counter() - start, 1)
+                seconds = rows[name]["build_seconds"] = round(time.perf_counter() - start, 1)
+                print(f"{subject.name} b{batch}: {name} ready in {seconds} s", file=sys.stderr)
             call = built.call
             candidates.append(
                 Candidate(name, lambda call=call: call(images), built.context)  # type: ignore[misc]
