@@ -1,21 +1,15 @@
-"""python -m benchmarks.run --suite NAME [--json FILE], and what some suites take:
-
---arch sm_80,sm_90   --models A,B   --steps N
-"""
+"""python -m benchmarks.run --suite NAME [--json FILE] and the options of that suite"""
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 from pathlib import Path
 
-import torch
-
+import benchmarks.cpu
 import benchmarks.models
 import benchmarks.offline
 import benchmarks.training  # noqa: F401  (they register their suites)
+from benchmarks.output import write_rows
 from benchmarks.registry import SUITES
 
 
@@ -23,29 +17,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     parser.add_argument("--suite", required=True, choices=sorted(SUITES))
     parser.add_argument("--arch", default="sm_80,sm_89,sm_90", help="architectures (offline)")
-    parser.add_argument("--models", help="architectures, with commas (models)")
-    parser.add_argument("--images", type=int, default=2, help="calibration images (models)")
+    parser.add_argument("--models", help="architectures, with commas (models, cpu)")
+    parser.add_argument("--images", type=int, default=2, help="calibration images (models, cpu)")
     parser.add_argument("--steps", type=int, default=60, help="steps a case (training)")
+    parser.add_argument("--filter", help="a regular expression that rows' names match (cpu)")
+    parser.add_argument("--batches", default="1,8", help="batch sizes, with commas (cpu)")
+    parser.add_argument("--rounds", type=int, default=9, help="turns of every variant (cpu)")
     parser.add_argument("--json", type=Path, help="write the rows, with what they were made with")
     given = parser.parse_args()
     rows = SUITES[given.suite](given)
     if given.json is not None:
-        content = {"suite": given.suite, "machine": machine(), "rows": rows}
-        partial = given.json.with_name(f"{given.json.name}.{os.getpid()}.partial")
-        partial.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
-        os.replace(partial, given.json)
-
-
-def machine() -> dict[str, str]:
-    """What the numbers were made with."""
-    import triton
-
-    return {
-        "processor": platform.machine(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-    }
+        write_rows(given.json, given.suite, rows)
 
 
 if __name__ == "__main__":
