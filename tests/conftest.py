@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # a core each, before torch counts them
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import torch
 
 

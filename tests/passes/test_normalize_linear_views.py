@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from ouro_compiler.errors import ModelError
 from ouro_compiler.graph import value_of
 from ouro_compiler.passes.base import PassContext
 from ouro_compiler.passes.normalize_linear import normalize_linear
@@ -219,7 +220,11 @@ class Rearranged(nn.Module):
 def test_any_arrangement_computes_the_same(numbers: list[int]) -> None:
     torch.manual_seed(0)
     x = randn(4, 2, 6, 8)
-    gm = capture_small(Rearranged(numbers), x)
+    try:
+        gm = capture_small(Rearranged(numbers), x)
+    except ModelError as error:  # some arrangements fix the batch while torch traces them
+        assert "Constraints violated (batch)" in str(error)
+        reject()
     expected = outputs(gm, x)
     run(gm, normalize_linear)
     assert_same(outputs(gm, x), expected, 1e-5)
