@@ -223,7 +223,8 @@ def test_any_arrangement_computes_the_same(numbers: list[int]) -> None:
     try:
         gm = capture_small(Rearranged(numbers), x)
     except ModelError as error:  # some arrangements fix the batch while torch traces them
-        assert "Constraints violated (batch)" in str(error)
+        if "Constraints violated (batch)" not in str(error):
+            raise
         reject()
     expected = outputs(gm, x)
     run(gm, normalize_linear)
