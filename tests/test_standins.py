@@ -166,6 +166,10 @@ def _mamba() -> dict[str, Any]:
     rows = compiled.report["layers"]["rows"]
     found["status"] = {row["name"]: row["status"] for row in rows}
     found["snr"] = compiled.report["logits_snr_db"]
+    with tempfile.TemporaryDirectory() as folder:
+        compiled.save(Path(folder) / "mamba.pt2")
+        again = ouro.load(Path(folder) / "mamba.pt2")
+    found["reloaded"] = torch.equal(again(images), compiled(images))
     return found
 
 
@@ -182,6 +186,7 @@ def test_unmodified_mamba() -> None:
         assert status[f"mixer.{layer}"] == "quantized"
     assert status["mixer.selective_scan"] == "simulated"
     assert found["snr"] > 10
+    assert found["reloaded"]
 
 
 def _compile_a_pickle() -> dict[str, Any]:
