@@ -72,6 +72,6 @@ def test_a_fault_is_found(tmp_path: Path, body: str, said: str) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_kernels_under_sanitizers(case: str, tmp_path: Path) -> None:
-    command = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"{FOLDER.name}/{case}")
-    result = run(tmp_path, *command[:-1], f"tests/{command[-1]}")
+    command = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/kernels/{case}")
+    result = run(tmp_path, *command)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
