@@ -15,6 +15,9 @@ SsmCoverage = Literal["none", "params"]
 OutlierMode = Literal["none", "static", "dynamic"]
 InlierScale = Literal["per_time_step", "per_tensor"]
 Target = Literal["cpu", "cuda"]
+Features = Literal["alpha", "yp"]
+HiddenWeights = Literal["normalised", "raw", "uniform"]
+OutputLossName = Literal["mae", "ce", "none"]
 
 _BITS = (4, 6, 8)
 T = TypeVar("T")
@@ -151,3 +154,62 @@ class Preprocessing:
     def from_dict(data: Mapping[str, Any]) -> Preprocessing:
         """Inverse of to_dict. Raises UsageError on unknown keys."""
         return _from_dict(Preprocessing, data)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SynthesisSpec:
+    """How calibration images are made from a model (METHODS 5.2).
+
+    iterations, batch_size: None lets the size of the images and of the model decide.
+    features: what patches are compared by: `alpha` (implicit attention) or `yp` (outputs).
+    hidden: weights of the states averaged over a neighbourhood: Delta, summing to 1 (normalised) or
+    not (raw), or the same for all (uniform). jitter: the shift of the first half of the iterations,
+    of 224 pixels; the second half doubles it.
+    """
+
+    images: int = 128
+    iterations: int | None = None
+    batch_size: int | None = None
+    features: Features = "yp"
+    patch: int = 5
+    positives: int = 12
+    temperature: float = 0.1
+    hidden: HiddenWeights = "normalised"
+    contrastive_weight: float = 1.0
+    output_loss: OutputLossName = "ce"
+    output_weight: float = 1.0
+    variation_weight: float = 0.28
+    jitter: float = 15.0
+    flip: bool = True
+    learning_rate: float = 0.2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("images", "iterations", "batch_size", "positives"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} of synthesis must be at least 1, got {value}")
+        if self.patch < 3 or self.patch % 2 == 0:
+            raise UsageError(f"patch must be an odd number of at least 3, got {self.patch}")
+        for name, allowed in (
+            ("features", Features),
+            ("hidden", HiddenWeights),
+            ("output_loss", OutputLossName),
+        ):
+            if getattr(self, name) not in typing.get_args(allowed):
+                options = ", ".join(typing.get_args(allowed))
+                raise UsageError(f"{name} must be one of {options}, got {getattr(self, name)!r}")
+        for name in ("contrastive_weight", "output_weight", "variation_weight", "jitter"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise UsageError(f"{name} must be a number of at least 0")
+        if not 0 < self.temperature < float("inf") or not 0 < self.learning_rate < float("inf"):
+            raise UsageError("temperature and learning_rate of synthesis must be above 0")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> SynthesisSpec:
+        """Inverse of to_dict. Raises UsageError on unknown keys."""
+        return _from_dict(SynthesisSpec, data)
