@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ouro_compiler.calibration.synthesis.positions import Grid
@@ -77,28 +76,15 @@ class ScanOperands:
         )
 
 
-def hidden_states(scan: ScanOperands) -> Tensor:
-    """h (B, L, N, E) of a scan, through the scan itself: each state is a channel of its own.
+def neighbour_weights(w: Tensor, grid: Grid, patch: int, kind: HiddenWeights) -> Tensor:
+    """Weights (B, P, patch^2) of the tokens around each patch, from w (B, L) of each token.
 
-    The operator computes states of all channels anyway; with N = 1 and C = 1 its output is they.
+    They sum to 1, but for kind `raw`. No gradient flows through them.
     """
-    batch, channels, length = scan.u.shape
-    groups, states = scan.B.shape[1:3]
-
-    def repeated(x: Tensor) -> Tensor:
-        token_major = x.transpose(1, 2)[:, :, None].expand(batch, length, states, channels)
-        return token_major.flatten(2).transpose(1, 2)
-
-    b = scan.B.transpose(1, 2).reshape(batch, states * groups, 1, length)
-    h = torch.ops.ouro.selective_scan(
-        repeated(scan.u),
-        repeated(scan.step),
-        scan.A.t().reshape(-1, 1),
-        b,
-        torch.ones_like(b),
-        reverse=scan.reverse,
-    )
-    return h.transpose(1, 2).unflatten(2, (states, channels))
+    around = grid.around(patch).to(w.device).repeat(w.shape[0] // grid.windows, 1, 1)
+    rows = w.detach()[:, None].expand(-1, around.shape[1], -1)
+    found = rows.gather(2, around.clamp(min=0)) * (around >= 0)
+    return found if kind == "raw" else found / found.sum(2, keepdim=True).clamp(min=1e-20)
 
 
 def patch_weights(step: Tensor, kind: HiddenWeights) -> Tensor:
@@ -106,48 +92,27 @@ def patch_weights(step: Tensor, kind: HiddenWeights) -> Tensor:
     return torch.ones_like(step[:, 0]) if kind == "uniform" else step.mean(1)
 
 
-def box_sum(x: Tensor, grid: Grid, patch: int) -> Tensor:
-    """(B, P, F) in raster order -> sums over the patch x patch cells around each, clipped."""
-    maps = x.transpose(1, 2).unflatten(2, (grid.height, grid.width))
-    maps = maps.contiguous(memory_format=torch.channels_last)
-    summed = F.avg_pool2d(maps, patch, stride=1, padding=patch // 2, divisor_override=1)
-    return summed.flatten(2).transpose(1, 2)
-
-
-def weights_of_neighbours(
-    w: Tensor, grid: Grid, patch: int, kind: HiddenWeights
-) -> tuple[Tensor, Tensor]:
-    """(w (B, P), 1 / its sum over each neighbourhood): what the average h_p is weighted with.
-
-    w: (B, L) in the order of the scan. For kind `raw` the second is 1.
-    """
-    found = grid.gather(w) * grid.present(w.shape[0] // grid.windows).to(w.device)
-    if kind == "raw":
-        return found, torch.ones_like(found)
-    total = box_sum(found[..., None], grid, patch)[..., 0]
-    return found, 1 / total.clamp(min=1e-20)
+def averaging(w: Tensor, grid: Grid, patch: int, kind: HiddenWeights) -> Tensor:
+    """`neighbour_weights` as a matrix (B, P, L): times a sequence, it averages neighbourhoods."""
+    around = grid.around(patch).to(w.device).repeat(w.shape[0] // grid.windows, 1, 1)
+    weights = neighbour_weights(w, grid, patch, kind)
+    matrix = w.new_zeros(*around.shape[:2], w.shape[1])
+    return matrix.scatter_add(2, around.clamp(min=0), weights)
 
 
 def patched_outputs(scan: ScanOperands, grid: Grid, patch: int, kind: HiddenWeights) -> Tensor:
     """y_p(tau) = C_tau . h_p(tau): (B * windows, P, E)."""
-    w, scale = weights_of_neighbours(patch_weights(scan.step, kind), grid, patch, kind)
-    parts = []
-    per_channel = w.numel() * scan.A.shape[1]
-    for chosen in _chunks(scan.u.shape[1], per_channel):
-        part = scan.channels(chosen.to(w.device))
-        h = grid.gather(hidden_states(part))  # (B, P, N, e)
-        states, channels = h.shape[2:]
-        h = box_sum((h * w[..., None, None]).flatten(2), grid, patch)
-        h = h.unflatten(2, (states, channels)) * scale[..., None, None]
-        parts.append(_read(h, grid.gather(part.C.permute(0, 3, 1, 2))))
-    return torch.cat(parts, -1)
-
-
-def _read(h: Tensor, C: Tensor) -> Tensor:
-    """h (B, P, N, E) through C (B, P, G, N): (B, P, E)."""
-    groups = C.shape[2]
-    grouped = h.unflatten(3, (groups, -1))
-    return torch.einsum("bpnge,bpgn->bpge", grouped, C).flatten(2)
+    return torch.ops.ouro.patched_scan(
+        scan.u,
+        scan.step,
+        scan.A,
+        scan.B,
+        scan.C,
+        neighbour_weights(patch_weights(scan.step, kind), grid, patch, kind),
+        grid.steps.to(scan.u.device),
+        grid.around(patch).to(scan.u.device),
+        scan.reverse,
+    )
 
 
 def implicit_attention(scan: ScanOperands) -> Tensor:
@@ -181,14 +146,11 @@ def _per_channel(matrix: Tensor, channels: int) -> Tensor:
 
 def patched_attention(scan: ScanOperands, grid: Grid, patch: int, kind: HiddenWeights) -> Tensor:
     """alpha_p (B * windows, E, P, L): `implicit_attention` with h_p in the place of h."""
-    w, scale = weights_of_neighbours(patch_weights(scan.step, kind), grid, patch, kind)
-    response = _responses(scan)
     channels = scan.u.shape[1]
-    placed = grid.gather(response.permute(0, 3, 1, 2, 4))  # (B, P, e, N, j)
-    placed = placed * w[..., None, None, None]
-    averaged = box_sum(placed.flatten(2), grid, patch).view(placed.shape)
+    matrix = averaging(patch_weights(scan.step, kind), grid, patch, kind)
+    averaged = torch.einsum("bpk,benkj->benpj", matrix, _responses(scan))
     C = grid.gather(_per_channel(scan.C, channels).permute(0, 3, 1, 2))
-    return torch.einsum("bpenj,bpen->bepj", averaged * scale[..., None, None, None], C)
+    return torch.einsum("benpj,bpen->bepj", averaged, C)
 
 
 def attention_rows(scan: ScanOperands, grid: Grid, patch: int, kind: HiddenWeights) -> Tensor:
@@ -211,11 +173,9 @@ def explicit_attention_rows(
     query, key: (B * windows, heads, L, d). Weights of neighbours are uniform: there is no Delta.
     """
     rows = (query.float() @ key.float().transpose(-2, -1) * scale).softmax(-1).mean(1)
-    placed = grid.gather(grid.gather(rows).transpose(1, 2))  # (B, columns, rows)
     ones = torch.ones_like(rows[:, :, 0])
-    w, divisor = weights_of_neighbours(ones, grid, patch, "uniform")
-    placed = placed.transpose(1, 2)
-    return box_sum(placed * w[..., None], grid, patch) * divisor[..., None]
+    columns = grid.gather(rows.transpose(1, 2)).transpose(1, 2)  # of patches only
+    return averaging(ones, grid, patch, "uniform") @ columns
 
 
 def _chunks(channels: int, elements_per_channel: int) -> list[Tensor]:

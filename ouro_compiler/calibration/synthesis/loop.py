@@ -100,7 +100,7 @@ class Synthesizer:
         losses = self.losses(self._moved(images, batch.iteration), targets, batch.numbers)
         losses[:, 0].sum().backward()
         assert images.grad is not None
-        _adam(batch, images.grad, self._rate(batch.iteration), self._of_round(batch.iteration)[0])
+        _adam(batch, images.grad, self.rate(batch.iteration), self._of_round(batch.iteration)[0])
         torch.clamp(batch.images, self._low, self._high, out=batch.images)
         batch.iteration += 1
         batch.curve.append(tuple(losses.detach().double().mean(0).tolist()))
@@ -147,7 +147,8 @@ class Synthesizer:
         round_ = iteration // length
         return iteration - round_ * length, min(length, self.iterations - round_ * length), round_
 
-    def _rate(self, iteration: int) -> float:
+    def rate(self, iteration: int) -> float:
+        """Adam's, at an iteration."""
         step, length, _ = self._of_round(iteration)
         warm_up = max(1, round(_WARM_UP * length))
         if step < warm_up:

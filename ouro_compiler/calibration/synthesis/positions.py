@@ -24,15 +24,16 @@ from ouro_compiler.ops.cross_scan import ORDERS
 _NONE = float("nan")
 _PADS = (aten.constant_pad_nd.default, aten.pad.default)
 # Operators that only move elements: run on coordinates as they are.
+_NAMES = """
+    alias cat chunk clone contiguous detach expand flatten flip gather index index_select
+    lift_fresh_copy movedim narrow numpy_T permute pixel_unshuffle repeat reshape roll rot90 select
+    slice split split_with_sizes squeeze stack swapaxes t mT transpose unbind unflatten unfold
+    unsqueeze view _unsafe_view
+"""
 _MOVES = frozenset(
-    overload
-    for name in (
-        "alias clone contiguous detach expand flatten flip gather index index_select "
-        "lift_fresh_copy movedim narrow numpy_T permute repeat reshape roll rot90 select slice split "
-        "split_with_sizes squeeze stack swapaxes t mT transpose unbind unflatten unsqueeze view "
-        "_unsafe_view cat chunk unfold pixel_unshuffle"
-    ).split()
-    for overload in (getattr(getattr(aten, name), one) for one in getattr(aten, name).overloads())
+    getattr(packet, overload)
+    for packet in (getattr(aten, name) for name in _NAMES.split())
+    for overload in packet.overloads()
 ) | {torch.ops.ouro.cross_scan.default}
 
 
@@ -61,6 +62,17 @@ class Grid:
         index = steps.clamp(min=0).expand(-1, -1, *tokens.shape[2:])
         found = tokens.gather(1, index)
         return found if self.is_full else found * (steps >= 0)
+
+    def around(self, patch: int) -> Tensor:
+        """(windows, height * width, patch^2) int64: the tokens of the cells around each cell.
+
+        -1 where there is none, and everywhere for a cell without a token.
+        """
+        reach = patch // 2
+        maps = self.steps.unflatten(1, (self.height, self.width))
+        padded = F.pad(maps, (reach, reach, reach, reach), value=-1)
+        views = padded.unfold(1, patch, 1).unfold(2, patch, 1)
+        return views.flatten(3).flatten(1, 2).masked_fill(self.steps[..., None] < 0, -1)
 
     def present(self, images: int) -> Tensor:
         """(images * windows, height * width) bool: cells that hold a token."""
