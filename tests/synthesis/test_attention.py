@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from ouro_compiler.calibration.synthesis.attention import (
-    averaging,
     attention_rows,
+    averaging,
     explicit_attention_rows,
     implicit_attention,
     neighbour_weights,
