@@ -9,6 +9,7 @@ from ouro_compiler.ops import (  # noqa: F401  (imported for registration)
     linear,
     norm,
     packing,
+    patched_scan,
     quantize,
     selective_scan,
 )

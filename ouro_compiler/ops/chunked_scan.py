@@ -23,7 +23,7 @@ def groups_of(matrix: Tensor) -> int:
     return 1 if matrix.dim() == 3 else matrix.shape[1]
 
 
-class _Operands:
+class Operands:
     """The inputs, time first, in groups: u, step (L, B, G, d); A (G, d, N); B, C (L, B, G, N)."""
 
     def __init__(
@@ -79,8 +79,28 @@ class _Operands:
             h = states[t].addcmul_(decay[t], h)
         return decay, states, h.clone()
 
+    def pull_back(
+        self, chunk: slice, entry: Tensor, decay: Tensor, states: Tensor, grad_h: Tensor, h: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Gradients of u, step and B in a chunk, of its exponents, and of the state at its entry.
 
-def _scan(operands: _Operands) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+        grad_h: the gradient of each state by itself, overwritten; h: of the state at the end.
+        """
+        for t in reversed(self.order(chunk)):
+            h = grad_h[t].add_(h) * decay[t]
+        if self.reverse:
+            previous = torch.cat([states[1:], entry[None]])
+        else:
+            previous = torch.cat([entry[None], states[:-1]])
+        step, x = self.step[chunk], self.u[chunk]
+        grad_B = ((step * x)[..., None, :] @ grad_h).squeeze(-2)
+        grad_input = (grad_h @ self.B[chunk][..., None]).squeeze(-1)
+        grad_exponent = grad_h.mul_(previous).mul_(decay)
+        grad_step = (grad_exponent * self.A).sum(-1) + grad_input * x
+        return grad_input * step, grad_step, grad_B, grad_exponent, h
+
+
+def _scan(operands: Operands) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
     """Walk the chunks in scan order: (chunk, state at entry, states, C . h)."""
     h = operands.zero_state()
     for chunk in operands.chunks():
@@ -89,9 +109,14 @@ def _scan(operands: _Operands) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]
         yield chunk, entry, states, (states @ operands.C[chunk][..., None]).squeeze(-1)
 
 
-def _channels_last(x: Tensor) -> Tensor:
+def channels_last(x: Tensor) -> Tensor:
     """(L, B, G, d) -> (B, D, L), memory (B, L, D)."""
     return as_token_major(x.flatten(2).permute(1, 2, 0))
+
+
+def time_last(m: Tensor, like: Tensor) -> Tensor:
+    """(L, B, G, N) -> the shape and dtype of B or C."""
+    return m.permute(1, 2, 3, 0).reshape(like.shape).contiguous().to(like.dtype)
 
 
 def selective_scan_chunked(
@@ -107,7 +132,7 @@ def selective_scan_chunked(
     reverse: bool = False,
 ) -> Tensor:
     """`selective_scan_ref` with one in-place multiply-add per step of time."""
-    operands = _Operands(u, delta, A, B, C, delta_bias, delta_softplus, reverse)
+    operands = Operands(u, delta, A, B, C, delta_bias, delta_softplus, reverse)
     y = torch.empty_like(operands.u)
     for chunk, _, _, product in _scan(operands):
         y[chunk] = product
@@ -115,7 +140,7 @@ def selective_scan_chunked(
         y = y + operands.u * D.to(operands.dtype).view(operands.shape[2:])
     if z is not None:
         y = y * silu(operands.time_first(z))
-    return _channels_last(y.to(u.dtype))
+    return channels_last(y.to(u.dtype))
 
 
 def selective_scan_backward(
@@ -135,7 +160,7 @@ def selective_scan_backward(
 
     States are recomputed chunk by chunk, from the state at each chunk's entry.
     """
-    operands = _Operands(u, delta, A, B, C, delta_bias, delta_softplus, reverse)
+    operands = Operands(u, delta, A, B, C, delta_bias, delta_softplus, reverse)
     grad_y = operands.time_first(grad)
     grad_z = grad.new_empty(0)
     walk = [(chunk, entry) for chunk, entry, _, _ in _scan(operands)] if z is None else []
@@ -149,7 +174,7 @@ def selective_scan_backward(
             y = y + operands.u * skip
         gate = operands.time_first(z)
         sigmoid = torch.sigmoid(gate)
-        grad_z = _channels_last((grad_y * y * sigmoid * (1 + gate * (1 - sigmoid))).to(z.dtype))
+        grad_z = channels_last((grad_y * y * sigmoid * (1 + gate * (1 - sigmoid))).to(z.dtype))
         grad_y = grad_y * gate * sigmoid
 
     grad_u, grad_step = torch.zeros_like(operands.u), torch.zeros_like(operands.u)
@@ -157,22 +182,12 @@ def selective_scan_backward(
     carry = operands.zero_state()
     for chunk, entry in reversed(walk):
         decay, states, _ = operands.states(chunk, entry)
-        order = operands.order(chunk)
         grad_h = grad_y[chunk][..., None] * operands.C[chunk][:, :, :, None]
-        for t in reversed(order):
-            carry = grad_h[t].add_(carry) * decay[t]
-        if reverse:
-            previous = torch.cat([states[1:], entry[None]])
-        else:
-            previous = torch.cat([entry[None], states[:-1]])
-        step, x = operands.step[chunk], operands.u[chunk]
-        grad_B[chunk] = ((step * x)[..., None, :] @ grad_h).squeeze(-2)
         grad_C[chunk] = (grad_y[chunk][..., None, :] @ states).squeeze(-2)
-        grad_input = (grad_h @ operands.B[chunk][..., None]).squeeze(-1)
-        grad_exponent = grad_h.mul_(previous).mul_(decay)
-        grad_step[chunk] = (grad_exponent * operands.A).sum(-1) + grad_input * x
-        grad_A += grad_exponent.mul_(step[..., None]).sum((0, 1))
-        grad_u[chunk] = grad_input * step
+        grad_u[chunk], grad_step[chunk], grad_B[chunk], grad_exponent, carry = operands.pull_back(
+            chunk, entry, decay, states, grad_h, carry
+        )
+        grad_A += grad_exponent.mul_(operands.step[chunk][..., None]).sum((0, 1))
 
     grad_D = grad.new_empty(0)
     if D is not None and skip is not None:
@@ -183,13 +198,10 @@ def selective_scan_backward(
     grad_bias = grad.new_empty(0)
     if delta_bias is not None:
         grad_bias = grad_step.sum((0, 1)).flatten().to(delta_bias.dtype)
-    grad_B, grad_C = (
-        m.permute(1, 2, 3, 0).reshape(like.shape).contiguous().to(like.dtype)
-        for m, like in ((grad_B, B), (grad_C, C))
-    )
+    grad_B, grad_C = (time_last(m, like) for m, like in ((grad_B, B), (grad_C, C)))
     return (
-        _channels_last(grad_u.to(u.dtype)),
-        _channels_last(grad_step.to(delta.dtype)),
+        channels_last(grad_u.to(u.dtype)),
+        channels_last(grad_step.to(delta.dtype)),
         grad_A.view(A.shape).to(A.dtype).contiguous(),
         grad_B,
         grad_C,

@@ -57,7 +57,7 @@ def selective_scan_ref(
     if delta_softplus:
         step = softplus(step)
     x = u.to(dtype)
-    b, c = (_per_channel(t.to(dtype), channels) for t in (B, C))
+    b, c = (per_channel(t.to(dtype), channels) for t in (B, C))
     h = x.new_zeros(batch, channels, A.shape[1])
     y = torch.zeros_like(x)
     for t in reversed(range(length)) if reverse else range(length):
@@ -71,7 +71,7 @@ def selective_scan_ref(
     return as_token_major(y.to(u.dtype))
 
 
-def _per_channel(matrix: Tensor, channels: int) -> Tensor:
+def per_channel(matrix: Tensor, channels: int) -> Tensor:
     """(B, N, L) or (B, G, N, L) -> (B, D, N, L)."""
     grouped = matrix[:, None] if matrix.dim() == 3 else matrix
     return grouped.repeat_interleave(channels // grouped.shape[1], dim=1)
