@@ -11,6 +11,7 @@ from ouro_compiler.kernels.cpp import (
     layout,
     linear,
     norm,
+    patched_scan,
     quantize,
     scan,
     scan_backward,
@@ -21,6 +22,7 @@ from ouro_compiler.ops.causal_conv1d import causal_conv1d_backward_ref, causal_c
 from ouro_compiler.ops.chunked_scan import selective_scan_backward
 from ouro_compiler.ops.linear import dequantize_weight_ref, linear_dynamic_outlier_ref
 from ouro_compiler.ops.norm import add_norm_ref
+from ouro_compiler.ops.patched_scan import patched_scan_backward, patched_scan_implementation
 from ouro_compiler.ops.quantize import (
     dequantize_dynamic_outlier_ref,
     quantize_dynamic_outlier_ref,
@@ -70,6 +72,14 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
         scan_backward.selective_scan_backward,
         selective_scan_backward,
         scan_backward.refuse_scan_backward,
+    ),
+    "patched_scan": Implementation(
+        patched_scan.patched_scan, patched_scan_implementation, patched_scan.refuse_patched_scan
+    ),
+    "patched_scan_backward": Implementation(
+        patched_scan.patched_scan_backward,
+        patched_scan_backward,
+        patched_scan.refuse_patched_scan_backward,
     ),
     "causal_conv1d_backward": Implementation(
         conv_backward.causal_conv1d_backward,

@@ -29,6 +29,8 @@ class Template(str, Enum):
     DEQUANTIZE_WEIGHT = "dequantize_weight"
     SCAN_BACKWARD = "selective_scan_backward"
     CONV_BACKWARD = "causal_conv1d_backward"
+    PATCHED_SCAN = "patched_scan"
+    PATCHED_SCAN_BACKWARD = "patched_scan_backward"
 
 
 class Epilogue(str, Enum):
