@@ -161,7 +161,8 @@ class SynthesisSpec:
     """How calibration images are made from a model (METHODS 5.2).
 
     iterations, batch_size: None lets the size of the images and of the model decide.
-    features: what patches are compared by: `alpha` (implicit attention) or `yp` (outputs).
+    features: what patches are compared by: `alpha` (implicit attention, of `alpha_channels`
+    channels of each scan, drawn anew each iteration) or `yp` (outputs).
     hidden: weights of the states averaged over a neighbourhood: Delta, summing to 1 (normalised) or
     not (raw), or the same for all (uniform). jitter: the shift of the first half of the iterations,
     of 224 pixels; the second half doubles it.
@@ -171,6 +172,7 @@ class SynthesisSpec:
     iterations: int | None = None
     batch_size: int | None = None
     features: Features = "yp"
+    alpha_channels: int = 16
     patch: int = 5
     positives: int = 12
     temperature: float = 0.1
@@ -185,7 +187,7 @@ class SynthesisSpec:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("images", "iterations", "batch_size", "positives"):
+        for name in ("images", "iterations", "batch_size", "positives", "alpha_channels"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} of synthesis must be at least 1, got {value}")

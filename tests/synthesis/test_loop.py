@@ -53,12 +53,12 @@ def test_same_seed_same_images() -> None:
 
 @pytest.mark.parametrize("features", ["yp", "alpha"])
 def test_an_image_does_not_depend_on_the_others(features: str) -> None:
-    maker = synthesizer(replace(SPEC, features=features))
+    maker = synthesizer(replace(SPEC, features=features, alpha_channels=4))
     together, alone = maker.start([3, 5, 7]), maker.start([5])
     assert torch.equal(together.images[1], alone.images[0])
     wanted = [maker.targets(number) for number in (3, 5, 7)]
-    losses = maker.losses(together.images, wanted, [3, 5, 7])
-    own = maker.losses(alone.images, wanted[1:2], [5])
+    losses = maker.losses(together.images, wanted, [3, 5, 7], 0)
+    own = maker.losses(alone.images, wanted[1:2], [5], 0)
     torch.testing.assert_close(losses[1:2], own, rtol=1e-5, atol=1e-6)
     for _ in range(2):
         maker.step(together)
@@ -70,17 +70,17 @@ def test_an_image_does_not_depend_on_the_others(features: str) -> None:
 
 @pytest.mark.parametrize("features", ["yp", "alpha"])
 def test_losses_fall_and_classes_rise(features: str) -> None:
-    spec = replace(SPEC, features=features, iterations=50, jitter=0.0, flip=False)
+    spec = replace(SPEC, features=features, alpha_channels=4, iterations=50, jitter=0.0, flip=False)
     maker = synthesizer(spec)
     numbers = [0, 1, 2, 3]
     batch = maker.start(numbers)
     targets = [maker.targets(number) for number in numbers]
     with torch.no_grad():
-        before = maker.losses(batch.images, targets, numbers).mean(0)
+        before = maker.losses(batch.images, targets, numbers, 0).mean(0)
     while batch.iteration < maker.iterations:
         maker.step(batch)
     with torch.no_grad():
-        after = maker.losses(batch.images, targets, numbers).mean(0)
+        after = maker.losses(batch.images, targets, numbers, 0).mean(0)
     assert bool((after < before).all()), (before, after)
     assert len(batch.curve) == 50
 
@@ -89,7 +89,7 @@ def test_losses_fall_and_classes_rise(features: str) -> None:
 def test_gradients_of_the_contrastive_loss_reach_the_image(features: str) -> None:
     maker = synthesizer(replace(SPEC, features=features))
     images = maker.start([0]).images.requires_grad_()
-    maker.run(images)[1].sum().backward()
+    maker.run(images, generator(0))[1].sum().backward()
     assert images.grad is not None
     assert bool(torch.isfinite(images.grad).all())
     assert float(images.grad.abs().max()) > 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,7 +80,8 @@ def _owner(node: fx.Node) -> str:
 class FeatureRunner(fx.Interpreter):
     """Runs a graph on images that need gradients, and adds up the layers' contrastive losses.
 
-    Features are recomputed in the backward pass: what stays in memory are the graph's own values.
+    Implicit attention is recomputed in the backward pass: what stays in memory are the graph's own
+    values and outputs of patches.
     """
 
     def __init__(self, gm: fx.GraphModule, layers: list[FeatureLayer], spec: SynthesisSpec) -> None:
@@ -88,10 +91,14 @@ class FeatureRunner(fx.Interpreter):
         self.grid_of = {node: grid for one in layers for node, grid in one.operators}
         self.features: dict[str, list[Tensor]] = {}
         self.losses: list[Tensor] = []
+        self.generator = torch.Generator()
 
-    def __call__(self, images: Tensor) -> tuple[Any, Tensor]:
-        """(B, C, H, W) -> the graph's output, and L^C of each image (B,), a mean over layers."""
-        self.features, self.losses = {}, []
+    def __call__(self, images: Tensor, generator: torch.Generator) -> tuple[Any, Tensor]:
+        """(B, C, H, W) -> the graph's output, and L^C of each image (B,), a mean over layers.
+
+        generator: chooses the channels whose implicit attention is looked at (features `alpha`).
+        """
+        self.features, self.losses, self.generator = {}, [], generator
         output = self.run(images)
         if not self.losses:
             return output, images.new_zeros(len(images))
@@ -106,14 +113,32 @@ class FeatureRunner(fx.Interpreter):
     def _observe(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         layer, grid = self.layer_of[node], self.grid_of[node]
         found = self.features.setdefault(layer.name, [])
-        read = self._scan if is_op(node, _SCAN) else self._attention
-        found.append(checkpoint(read, grid, *args, use_reentrant=False, **kwargs))
+        read = functools.partial(self._attention, grid)
+        if is_op(node, _SCAN):
+            read = functools.partial(self._scan, grid, self._channels(args[0].shape[1]))
+        found.append(self._remember_little(read, *args, **kwargs))
         if len(found) == len(layer.operators):
-            self.losses.append(checkpoint(self._loss, grid, *found, use_reentrant=False))
+            self.losses.append(self._remember_little(self._loss, grid, *found))
             del self.features[layer.name]
 
-    def _scan(self, grid: Grid, *args: Any, **kwargs: Any) -> Tensor:
+    def _remember_little(self, read: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """read(...), recomputed in the backward pass but where its own memory is small."""
+        if self.spec.features == "yp":
+            return read(*args, **kwargs)
+        found: Tensor = checkpoint(read, *args, use_reentrant=False, **kwargs)
+        return found
+
+    def _channels(self, channels: int) -> Tensor | None:
+        """Channels to look at, None for all of them."""
+        if self.spec.features == "yp" or self.spec.alpha_channels >= channels:
+            return None
+        drawn = torch.randperm(channels, generator=self.generator)[: self.spec.alpha_channels]
+        return drawn.sort().values
+
+    def _scan(self, grid: Grid, chosen: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
         scan = ScanOperands.of(*args, **kwargs)
+        if chosen is not None:
+            scan = scan.channels(chosen.to(scan.u.device))
         read = attention_rows if self.spec.features == "alpha" else patched_outputs
         return read(scan, grid, self.spec.patch, self.spec.hidden)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 
 import torch
 from torch import Tensor, fx
@@ -97,7 +98,8 @@ class Synthesizer:
         assert batch.iteration < self.iterations
         targets = [self.targets(number) for number in batch.numbers]
         images = batch.images.detach().requires_grad_()
-        losses = self.losses(self._moved(images, batch.iteration), targets, batch.numbers)
+        moved = self._moved(images, batch.iteration)
+        losses = self.losses(moved, targets, batch.numbers, batch.iteration)
         losses[:, 0].sum().backward()
         assert images.grad is not None
         _adam(batch, images.grad, self.rate(batch.iteration), self._of_round(batch.iteration)[0])
@@ -106,11 +108,11 @@ class Synthesizer:
         batch.curve.append(tuple(losses.detach().double().mean(0).tolist()))
 
     def losses(
-        self, images: Tensor, targets: list[dict[str, Tensor]], numbers: list[int]
+        self, images: Tensor, targets: list[dict[str, Tensor]], numbers: list[int], iteration: int
     ) -> Tensor:
         """(B, 4): the total, L^C, the output's and the variation's loss of each image."""
         spec = self.spec
-        outputs, contrastive = self.run(images)
+        outputs, contrastive = self.run(images, self._generator(iteration, 4))
         outputs = outputs if isinstance(outputs, Tensor) else outputs[0]
         output = self.output_loss(outputs, targets).to(self.device)
         shape = images.shape[1:]
@@ -139,7 +141,11 @@ class Synthesizer:
         return torch.randn(shape, generator=self._generator(number, 0))
 
     def _generator(self, number: int, purpose: int) -> torch.Generator:
-        return torch.Generator().manual_seed((self.spec.seed << 40) + (number << 8) + purpose)
+        # Hashed, since torch's generator reads no more than 32 bits of a seed.
+        name = f"{self.spec.seed}/{number}/{purpose}".encode()
+        return torch.Generator().manual_seed(
+            int.from_bytes(blake2b(name, digest_size=4).digest(), "little")
+        )
 
     def _of_round(self, iteration: int) -> tuple[int, int, int]:
         """(step within its round, steps of the round, the round)."""
