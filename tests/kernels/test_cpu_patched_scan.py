@@ -209,3 +209,10 @@ def test_other_dtypes_run_the_reference(index: int, dtype: torch.dtype, reason: 
     assert_close(found.double(), patched_scan_ref(*double(args)), ROUNDING)
     with pytest.warns(ReferenceWarning, match="gradient and u must share a dtype"):
         backward(_gradient(args).half(), *inputs())
+
+
+def test_double_runs_the_reference_and_says_so() -> None:
+    args = double(inputs())
+    with pytest.warns(ReferenceWarning, match=r"patched_scan .* got torch\.float64"):
+        found = op(*args)
+    assert_close(found, patched_scan_ref(*args), 1e-12)

@@ -30,11 +30,13 @@ def refuse_patched_scan(
 ) -> str | None:
     """Why no kernel runs this patched scan; None if one does."""
     del anchors, reverse
+    if reason := refuse_scan(u, delta, A, B, C):
+        return reason
     if weights.dtype != torch.float32:
         return f"weights must be fp32, got {weights.dtype}"
     if neighbours[:1].numel() > _MAX_ENTRIES:
         return "a window has too many neighbours for 32 bits"
-    return refuse_scan(u, delta, A, B, C)
+    return None
 
 
 def refuse_patched_scan_backward(grad: Tensor, u: Tensor, *others: Any) -> str | None:

@@ -45,10 +45,11 @@ struct Lists {
 
     void by_anchor(const Windows& w, int64_t sample) {
         first.assign(w.patches + 1, 0);
-        entries.clear();
+        entries.resize(w.patches * w.around);
+        int32_t count = 0;
         w.each(sample, [&](int64_t p, int64_t token, float weight) {
-            entries.push_back({int32_t(token), weight});
-            first[p + 1] = int32_t(entries.size());
+            entries[count++] = {int32_t(token), weight};
+            first[p + 1] = count;
         });
         for (int64_t p = 0; p < w.patches; p++) first[p + 1] = std::max(first[p], first[p + 1]);
     }
