@@ -118,7 +118,7 @@ def vit_config(embed_dim: int, *, deit: bool) -> ViTConfig:
     return config if deit else replace(config, mean=_HALF, std=_HALF)
 
 
-# What `examples/vit_digits.safetensors` is: 28x28 grey images, 7x7 patches of 4x4 pixels.
+# `examples/train_digits.py --model vit`: 28x28 grey images, 7x7 patches of 4x4 pixels.
 VIT_MICRO = ViTConfig(
     img_size=28, patch_size=4, in_chans=1, embed_dim=64, depth=4, heads=4, num_classes=10,
     mean=(0.1307,), std=(0.3081,), crop=1.0,
