@@ -33,6 +33,7 @@ SMALL = MambaVisionConfig(
     windows=(8, 8, 2, 2), d_state=4, layer_scale=True, num_classes=5,
 )  # fmt: skip
 PARAMETERS = {
+    "mambavision_micro": 148_162,
     "mambavision_tiny": 31_794_248,
     "mambavision_tiny2": 35_104_008,
     "mambavision_small": 50_140_584,
@@ -66,7 +67,7 @@ def prepared(config: MambaVisionConfig = SMALL) -> tuple[torch.fx.GraphModule, P
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_parameters_of_the_public_sizes(name: str) -> None:
+def test_parameters_of_the_named_sizes(name: str) -> None:
     with torch.device("meta"):
         model = ARCHITECTURES[name].build()
     assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name]

@@ -19,7 +19,7 @@ from tests.helpers import assert_close, randn
 from tests.passes.graphs import assert_same, outputs
 
 SMALL = ViTConfig(img_size=16, patch_size=4, embed_dim=16, depth=2, heads=2, num_classes=5)
-PARAMETERS = {"tiny": 5_717_416, "small": 22_050_664, "base": 86_567_656}
+PARAMETERS = {"micro": 205_066, "tiny": 5_717_416, "small": 22_050_664, "base": 86_567_656}
 LAYERS = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]
 
 
@@ -30,7 +30,7 @@ def small() -> ViT:
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_parameters_of_the_public_sizes(name: str) -> None:
+def test_parameters_of_the_named_sizes(name: str) -> None:
     with torch.device("meta"):
         model = ARCHITECTURES[name].build()
     size = name.partition("_")[2]

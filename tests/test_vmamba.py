@@ -29,6 +29,7 @@ VANILLA = replace(
 )  # fmt: skip
 CONFIGS = {"v05_noz": SMALL, "v0": VANILLA, "v2 merging": replace(SMALL, downsample="v2")}
 PARAMETERS = {
+    "vmamba_micro": 166_378,
     "vmamba_tiny_s1l8": 30_249_064,
     "vmamba_small_s1l20": 49_012_840,
     "vmamba_base_s1l20": 86_614_504,
@@ -55,7 +56,7 @@ def prepared(config: VMambaConfig = SMALL) -> tuple[torch.fx.GraphModule, Plan]:
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_parameters_of_the_public_sizes(name: str) -> None:
+def test_parameters_of_the_named_sizes(name: str) -> None:
     with torch.device("meta"):
         model = ARCHITECTURES[name].build()
     assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name]

@@ -153,8 +153,11 @@ def _infer_vmamba(state: State, num_classes: int) -> VMambaConfig:
     features, _ = shape(f"{block}op.in_proj.weight", 2)
     stages = _count(state, r"layers\.(\d+)\.")
     mlp = f"{block}mlp.fc1.weight"
+    _, in_chans, patch_size, _ = shape("patch_embed.0.weight", 4)
+    overlapping = "patch_embed.5.weight" in state
     return VMambaConfig(
-        in_chans=shape("patch_embed.0.weight", 4)[1],
+        patch_size=4 if overlapping else patch_size,
+        in_chans=in_chans,
         embed_dim=embed_dim,
         depths=tuple(_count(state, rf"layers\.{s}\.blocks\.(\d+)\.") for s in range(stages)),
         d_state=shape(f"{block}op.A_logs", 2)[1],
@@ -163,7 +166,7 @@ def _infer_vmamba(state: State, num_classes: int) -> VMambaConfig:
         conv_bias=f"{block}op.conv2d.bias" in state,
         gate=features == 2 * inner,
         mlp_ratio=shape(mlp, 2)[0] / embed_dim if mlp in state else 0.0,
-        patch_embed="v2" if "patch_embed.5.weight" in state else "v1",
+        patch_embed="v2" if overlapping else "v1",
         downsample=_downsample(state),
         num_classes=num_classes,
     )
@@ -248,7 +251,7 @@ FAMILIES = (
         head="head.weight",
         architectures=mambavision.ARCHITECTURES,
         infer=_infer_mambavision,
-        told=_all_but("img_size", "heads", "windows", "crop"),
+        told=_all_but("img_size", "patch_size", "heads", "windows", "crop"),
         untold="the number of heads and the size of the windows",
     ),
     Family(

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -30,11 +31,13 @@ class MambaVisionConfig:
     """Everything that fixes a MambaVision's architecture; lengths in pixels, tokens or channels.
 
     Stage s has embed_dim * 2**s channels, depths[s] blocks, and where it attends heads[s] heads in
-    windows of windows[s] x windows[s] tokens. layer_scale: a factor for each channel of each
-    residual branch of the hybrid stages. crop: the part of the resized image that is looked at.
+    windows of windows[s] x windows[s] tokens. patch_size: 4, or 1 for images that are small
+    already. layer_scale: a factor for each channel of each residual branch of the hybrid stages.
+    crop: the part of the resized image that is looked at.
     """
 
     img_size: int = 224
+    patch_size: Literal[1, 4] = 4
     in_chans: int = 3
     stem_dim: int = 64
     embed_dim: int = 96
@@ -202,22 +205,23 @@ class Stage(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Two strided convolutions; members are numbered as in public checkpoints."""
+    """Two convolutions, strided alike; members are numbered as in public checkpoints."""
 
     def __init__(self, config: MambaVisionConfig) -> None:
         super().__init__()
         stem, dim = config.stem_dim, config.embed_dim
+        stride = math.isqrt(config.patch_size)
         self.conv_down = nn.Sequential(
-            nn.Conv2d(config.in_chans, stem, 3, stride=2, padding=1, bias=False),
+            nn.Conv2d(config.in_chans, stem, 3, stride=stride, padding=1, bias=False),
             nn.BatchNorm2d(stem, eps=1e-4),
             nn.ReLU(),
-            nn.Conv2d(stem, dim, 3, stride=2, padding=1, bias=False),
+            nn.Conv2d(stem, dim, 3, stride=stride, padding=1, bias=False),
             nn.BatchNorm2d(dim, eps=1e-4),
             nn.ReLU(),
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, C, H/4, W/4)."""
+        """(B, 3, H, W) -> (B, C, H/P, W/P)."""
         return self.conv_down(images)
 
 
@@ -247,8 +251,15 @@ _LARGE = MambaVisionConfig(
 _LARGE3 = replace(_LARGE, embed_dim=256, depths=(3, 3, 20, 10))
 _AT_512 = {"img_size": 512, "windows": (8, 8, 32, 16), "crop": 0.93}
 
+# What `examples/mambavision_digits.safetensors` is: 28x28 grey images, scans at 7x7 and 4x4.
+MAMBAVISION_MICRO = MambaVisionConfig(
+    img_size=28, patch_size=1, in_chans=1, stem_dim=8, embed_dim=8, depths=(1, 1, 2, 2),
+    heads=(1, 1, 2, 4), windows=(7, 7, 7, 4), num_classes=10,
+)  # fmt: skip
+
 # large2 and large3 come in two resolutions, whose weights have the same shapes.
 ARCHITECTURES: dict[str, MambaVisionConfig] = {
+    "mambavision_micro": MAMBAVISION_MICRO,
     "mambavision_tiny": MambaVisionConfig(stem_dim=32, embed_dim=80, depths=(1, 3, 8, 4)),
     "mambavision_tiny2": MambaVisionConfig(
         stem_dim=32, embed_dim=80, depths=(1, 3, 11, 4), crop=0.98
@@ -272,6 +283,7 @@ def _factory(name: str) -> Callable[..., MambaVision]:
     return build
 
 
+mambavision_micro = _factory("mambavision_micro")
 mambavision_tiny = _factory("mambavision_tiny")
 mambavision_small = _factory("mambavision_small")
 mambavision_base = _factory("mambavision_base")

@@ -118,10 +118,19 @@ def vit_config(embed_dim: int, *, deit: bool) -> ViTConfig:
     return config if deit else replace(config, mean=_HALF, std=_HALF)
 
 
+# `examples/train_digits.py --model vit`: 28x28 grey images, 7x7 patches of 4x4 pixels.
+VIT_MICRO = ViTConfig(
+    img_size=28, patch_size=4, in_chans=1, embed_dim=64, depth=4, heads=4, num_classes=10,
+    mean=(0.1307,), std=(0.3081,), crop=1.0,
+)  # fmt: skip
+
 ARCHITECTURES: dict[str, ViTConfig] = {
-    f"{family}_{size}": vit_config(dim, deit=family == "deit")
-    for family in ("vit", "deit")
-    for size, dim in _SIZES.items()
+    "vit_micro": VIT_MICRO,
+    **{
+        f"{family}_{size}": vit_config(dim, deit=family == "deit")
+        for family in ("vit", "deit")
+        for size, dim in _SIZES.items()
+    },
 }
 
 
@@ -134,5 +143,6 @@ def _factory(name: str) -> Callable[..., ViT]:
     return build
 
 
+vit_micro = _factory("vit_micro")
 vit_tiny, vit_small, vit_base = (_factory(f"vit_{size}") for size in _SIZES)
 deit_tiny, deit_small, deit_base = (_factory(f"deit_{size}") for size in _SIZES)

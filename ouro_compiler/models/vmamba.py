@@ -37,11 +37,12 @@ class VMambaConfig:
 
     Stage s has embed_dim * 2**s channels and depths[s] blocks. gate: the block's input is projected
     to x and z, and z gates the result. mlp_ratio 0: no MLP. patch_embed: "v1" one convolution of
-    4x4 pixels, "v2" two overlapping ones. downsample: "v1" merges 2x2 tokens by a linear, "v2" is a
-    2x2 convolution, "v3" an overlapping one of 3x3.
+    patch_size squared pixels, "v2" two overlapping ones, whose patch_size is 4. downsample: "v1"
+    merges 2x2 tokens by a linear, "v2" is a 2x2 convolution, "v3" an overlapping one of 3x3.
     """
 
     img_size: int = 224
+    patch_size: int = 4
     in_chans: int = 3
     embed_dim: int = 96
     depths: tuple[int, ...] = (2, 2, 8, 2)
@@ -151,7 +152,7 @@ class VSSBlock(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Images to tokens of 4x4 pixels; members are numbered as in the public Sequential."""
+    """Images to tokens; members are numbered as in the public Sequential."""
 
     def __init__(self, config: VMambaConfig) -> None:
         super().__init__()
@@ -163,11 +164,12 @@ class PatchEmbed(nn.Module):
             self.add_module("5", nn.Conv2d(half, dim, 3, stride=2, padding=1))
             self.add_module("7", nn.LayerNorm(dim))
         else:
-            self.add_module("0", nn.Conv2d(config.in_chans, dim, 4, stride=4))
+            size = config.patch_size
+            self.add_module("0", nn.Conv2d(config.in_chans, dim, size, stride=size))
             self.add_module("2", nn.LayerNorm(dim))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Grid]:
-        """(B, 3, H, W) -> tokens (B, H/4 * W/4, C), and how many there are along each side."""
+        """(B, 3, H, W) -> tokens (B, H/P * W/P, C), and how many there are along each side."""
         x = self.get_submodule("0")(images)
         tokens = self.get_submodule("2")(_as_tokens(x))
         if self.overlapping:
@@ -265,8 +267,15 @@ def _sized(base: VMambaConfig, embed_dim: int, blocks: int, ratio: float) -> VMa
     return replace(base, embed_dim=embed_dim, depths=(2, 2, blocks, 2), ssm_ratio=ratio)
 
 
+# What `examples/vmamba_digits.safetensors` is: 28x28 grey images, 14x14 tokens, then 7x7.
+VMAMBA_MICRO = VMambaConfig(
+    img_size=28, patch_size=2, in_chans=1, embed_dim=32, depths=(2, 2), ssm_ratio=2.0,
+    patch_embed="v1", num_classes=10,
+)  # fmt: skip
+
 # Public names: s is ssm_ratio, l the blocks of the third stage; "v0" are the first models.
 ARCHITECTURES: dict[str, VMambaConfig] = {
+    "vmamba_micro": VMAMBA_MICRO,
     "vmamba_tiny_s1l8": _sized(VMambaConfig(), 96, 8, 1.0),
     "vmamba_small_s1l20": _sized(VMambaConfig(), 96, 20, 1.0),
     "vmamba_base_s1l20": _sized(VMambaConfig(), 128, 20, 1.0),
@@ -288,6 +297,7 @@ def _factory(name: str) -> Callable[..., VMamba]:
     return build
 
 
+vmamba_micro = _factory("vmamba_micro")
 vmamba_tiny = _factory("vmamba_tiny_s1l8")
 vmamba_small = _factory("vmamba_small_s2l15")
 vmamba_base = _factory("vmamba_base_s2l15")
