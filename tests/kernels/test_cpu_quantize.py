@@ -135,6 +135,23 @@ def test_rounding_of_ties_and_extremes(value: float, limit: float) -> None:
         assert_equal(kernels.quantize_dynamic_outlier(*args), quantize_dynamic_outlier_ref(*args))
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("zero", [None, 100, 300, 7.5])
+def test_rounding_next_to_the_middle_of_two_codes(bits: int, zero: float | None) -> None:
+    """Where a product with the inverse of a scale, instead of a quotient, gives other codes."""
+    length, top = 64, 2 ** (bits - 1)
+    scale = torch.rand(length, generator=generator(bits)) + 1e-3
+    scale[0], scale[1], scale[2] = 1e-38, 1e35, 1e-8
+    middle = (torch.arange(-top - 2, top + 2) + 0.5) * scale[:, None]
+    below, above = (middle.nextafter(torch.tensor(to)) for to in (float("-inf"), float("inf")))
+    x = torch.cat([below, middle, above, above.nextafter(torch.tensor(float("inf")))], 1)[None]
+    assert (x / scale[:, None] != x * (1 / scale)[:, None]).float().mean() > 0.1
+    point = None if zero is None else torch.full((length,), zero)
+    for threshold in (scale * 1e3, scale * 3):  # nothing is listed, or much
+        args = (x, scale, point, threshold, bits, 8, 10, False)
+        assert_equal(kernels.quantize_dynamic_outlier(*args), quantize_dynamic_outlier_ref(*args))
+
+
 @pytest.mark.parametrize("layout", ["slice", "transposed", "expanded"])
 def test_any_strides(layout: str) -> None:
     """As x_proj's B and C: rows are slices, neither contiguous nor aligned."""

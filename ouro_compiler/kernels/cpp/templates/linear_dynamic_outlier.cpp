@@ -6,12 +6,8 @@
 //    outliers with the listed columns of the panel, gathered once a segment.
 // 3. The epilogue follows the reference's order of rounding.
 // Nothing depends on the number of threads or on other samples.
-#include <algorithm>
 #include <memory>
-#include "products.h"
-
-constexpr bool FLOAT_OUTLIERS = OUTLIER_BITS == 16;
-constexpr int NONE = 0, SILU = 1, SOFTPLUS = 2;
+#include "epilogue.h"
 
 struct Shape {
     int64_t batch, length, columns, outputs, window, reverse;
@@ -101,11 +97,10 @@ static void part(const Shape& s, const int8_t* codes, const start_t* start, cons
             }
         } else {
             code_t* out = to.outliers.get() + r * s.row;
-            int32_t listed = 0;
-            for (int32_t i = 0; i < count; i++) {
-                out[i] = since[list[i]] <= position ? from[list[i]] : 0;
-                listed += out[i];
-            }
+            const int32_t listed = count ? sum_of(from, K) - to.sums[r] : 0;
+            if (count)
+                for (int64_t k = 0; k < K; k++) inliers[k] ^= from[k];  // codes of listed channels now
+            for (int32_t i = 0; i < count; i++) out[i] = inliers[list[i]];
             for (int32_t i = count; i % GROUP; i++) out[i] = 0;
             to.listed_sums[r] = listed;
         }
@@ -246,54 +241,6 @@ static void product_of_floats(const float* weights, int32_t count, const float* 
     }
 }
 
-struct Sums {  // of one row and a panel; outliers and kept are null where nothing is listed
-    const int32_t *inliers, *outliers;
-    const float* kept;
-    int32_t shift, listed_shift;
-    float inlier_scale, outlier_scale;
-};
-
-struct Epilogue {
-    const float *scale, *bias;  // padded to whole panels; bias is null without one
-    const void* residual;
-    int64_t residual_dtype, activation;
-    stored<DTYPE_Y>* y;
-};
-
-// Row `row` of a panel, count <= LANES outputs from o on: scales, bias, activation, residual.
-static inline void finish_vector(const Shape& s, const Epilogue& e, const Sums& sums, int64_t row,
-                                 int64_t first, int o, int count) {
-    ivec acc;
-    memcpy(&acc, sums.inliers + o, sizeof acc);
-    const vec scale = load<FP32>(e.scale + first + o);
-    vec y = __builtin_convertvector(acc - sums.shift, vec) * sums.inlier_scale;
-    if (FLOAT_OUTLIERS) {
-        y *= scale;
-        if (sums.kept) y += load<FP32>(sums.kept + o) * scale;
-    } else {
-        if (sums.outliers) {
-            memcpy(&acc, sums.outliers + o, sizeof acc);
-            y += __builtin_convertvector(acc - sums.listed_shift, vec) * sums.outlier_scale;
-        }
-        y *= scale;
-    }
-    if (e.bias) y += load<FP32>(e.bias + first + o);
-    if (e.activation == SILU) y = silu(y);
-    if (e.activation == SOFTPLUS) y = softplus(y);
-    const int64_t at = row * s.outputs + first + o;
-    if (e.residual) y += read_lanes(e.residual, e.residual_dtype, at, 1, count);
-    store<DTYPE_Y>(e.y + at, y, count);
-}
-
-static void finish(const Shape& s, const Epilogue& e, const Sums& sums, int64_t row, int64_t first) {
-    if (first + PANEL <= s.outputs) {
-        for (int o = 0; o < PANEL; o += LANES) finish_vector(s, e, sums, row, first, o, LANES);
-        return;
-    }
-    for (int o = 0; o < s.outputs - first; o += LANES)
-        finish_vector(s, e, sums, row, first, o, int(std::min<int64_t>(LANES, s.outputs - first - o)));
-}
-
 extern "C" void linear_dynamic_outlier(
     const void* codes, const void* inlier_scale, int64_t inlier_dtype, const void* outlier_scale,
     const void* outlier_start, int64_t start_bytes, const void* x, int64_t x_dtype, int64_t sx_b,
@@ -322,7 +269,7 @@ extern "C" void linear_dynamic_outlier(
     }
     for (int64_t r = 0; r < rows; r++) parted.scales[r] = read(inlier_scale, inlier_dtype, r % length);
     const Floats floats = {x, x_dtype, sx_b, sx_l, sx_k};
-    const Epilogue e = {scale.get(), bias ? shift.get() : nullptr, residual, residual_dtype, activation,
+    const Epilogue e = {outputs, scale.get(), bias ? shift.get() : nullptr, residual, residual_dtype, activation,
                         (stored<DTYPE_Y>*)y};
     // Every panel is unpacked once for each chunk of segments: no more chunks than keep all busy.
     const int64_t chunks = panels % threads == 0 || panels >= 8 * threads ? 1 : std::min(threads, segments);
@@ -376,7 +323,7 @@ extern "C" void linear_dynamic_outlier(
                                            OFFSET * parted.sums[row],
                                            FLOAT_OUTLIERS ? 0 : OFFSET * parted.listed_sums[row],
                                            parted.scales[row], ((const float*)outlier_scale)[row]};
-                        finish(s, e, sums, row, first);
+                        finish(e, sums, row, first);
                     }
                 }
             }

@@ -26,13 +26,17 @@ struct Quantizer {
 // offset, and whole bounds: those are clamped first.
 struct Grid {
     vec divisor, zero, low, high, offset;
+    vec inverse, least, most;  // bounds of x * inverse
+    ivec shift;                // what is added to it then
+    // Are x * inverse and x / divisor less than 2^-12 apart where their codes differ, and zero whole?
+    bool invertible;
 
-    template <bool SYMMETRIC> ivec encode(vec x) const {
-        const vec steps = x / divisor;
-        if constexpr (SYMMETRIC) return integers(min(high, max(low, steps)));
-        const vec bound = all(0x1p20f);  // beyond every range, where rounding is still exact
-        const vec code = round_even(min(bound, max(-bound, steps))) + zero;
-        return integers(min(high, max(low, code)) - offset);
+    Grid(float d, float zero, float low, float high, float offset)
+        : divisor(all(d)), zero(all(zero)), low(all(low)), high(all(high)), offset(all(offset)),
+          inverse(all(1.f / d)), least(all(low - zero)), most(all(high - zero)),
+          invertible(d > 0x1p-100f && d < 0x1p100f && zero >= -256 && zero <= 256 &&
+                     zero == float(int(zero))) {
+        shift = ivec{} + (invertible ? int(zero - offset) : 0);
     }
 };
 
@@ -40,20 +44,35 @@ static inline vec select(ivec mask, vec a, vec b) { return mask ? a : b; }
 
 // Grid `a` where the mask is set, else `b`.
 static inline Grid select(ivec mask, const Grid& a, const Grid& b) {
-    return {select(mask, a.divisor, b.divisor), select(mask, a.zero, b.zero),
-            select(mask, a.low, b.low), select(mask, a.high, b.high),
-            select(mask, a.offset, b.offset)};
+    Grid r = b;
+    r.divisor = select(mask, a.divisor, b.divisor);
+    r.zero = select(mask, a.zero, b.zero);
+    r.low = select(mask, a.low, b.low);
+    r.high = select(mask, a.high, b.high);
+    r.offset = select(mask, a.offset, b.offset);
+    r.inverse = select(mask, a.inverse, b.inverse);
+    r.least = select(mask, a.least, b.least);
+    r.most = select(mask, a.most, b.most);
+    r.shift = mask ? a.shift : b.shift;
+    return r;
 }
 
-template <bool SYMMETRIC>
-static inline void encode_row(int8_t* codes, const vec* x, const Grid& grid, int64_t columns) {
-    int64_t v = 0;
-    for (; (v + 4) * LANES <= columns; v += 4)
-        store_codes(codes + v * LANES, grid.encode<SYMMETRIC>(x[v]),
-                    grid.encode<SYMMETRIC>(x[v + 1]), grid.encode<SYMMETRIC>(x[v + 2]),
-                    grid.encode<SYMMETRIC>(x[v + 3]));
-    for (; v < vectors(columns); v++)
-        store_codes(codes + v * LANES, grid.encode<SYMMETRIC>(x[v]), filled(columns, v));
+// The codes of x, in the low bytes of the result, from x / divisor: correctly rounded.
+template <bool SYMMETRIC> static inline ivec encode(vec x, const Grid& g) {
+    const vec steps = x / g.divisor;
+    if constexpr (SYMMETRIC) return integers(min(g.high, max(g.low, steps)));
+    const vec bound = all(0x1p20f);  // beyond every range, where rounding is still exact
+    const vec code = round_even(min(bound, max(-bound, steps))) + g.zero;
+    return integers(min(g.high, max(g.low, code)) - g.offset);
+}
+
+// The same from x * inverse, where it cannot make a difference: far enough from the middle of two
+// codes. `middle` grows to the largest distance from a code.
+template <bool SYMMETRIC> static inline ivec encode_fast(vec x, const Grid& g, vec& middle) {
+    const vec steps = min(g.most, max(g.least, x * g.inverse));
+    const ivec code = integers(steps);
+    middle = max(abs(steps - __builtin_convertvector(code, vec)), middle);
+    return SYMMETRIC ? code : code + g.shift;
 }
 
 static inline ivec lanes_below(int64_t count) {
@@ -66,24 +85,24 @@ static inline ivec lanes_below(int64_t count) {
 class Window {
     const Quantizer& q;
     const int64_t list;   // where its row of `start` begins
-    Buffer<vec> mask;     // which lanes are on the list; those without a channel never join
-    Buffer<int64_t> hit;  // the vectors with a channel on the list
-    int64_t hits = 0;
+    Buffer<vec> mask;     // which lanes are on the list; those without a channel are from the start
+    bool listed = false;  // is a channel?
 
   public:
     const int64_t sample, first, count;  // steps first .. first + count
 
     Window(const Quantizer& q, int64_t task)
-        : q(q), list(task * q.columns), mask(vectors(q.columns)), hit(vectors(q.columns)),
-          sample(task / q.windows()), first(task % q.windows() * q.window),
+        : q(q), list(task * q.columns), mask(vectors(q.columns)), sample(task / q.windows()),
+          first(task % q.windows() * q.window),
           count(q.length - first < q.window ? q.length - first : q.window) {
         for (int64_t v = 0; v < vectors(q.columns); v++) {
-            mask[v] = vec{};
-            if (q.threshold) continue;
             const int lanes = filled(q.columns, v);
-            mask[v] = (vec)(load_listed(q.start, q.wide_start, list + v * LANES, 0, lanes) &
-                            lanes_below(lanes));
-            if (any((ivec)mask[v])) hit[hits++] = v;
+            const ivec inside = lanes == LANES ? ~ivec{} : lanes_below(lanes);
+            ivec given = {};
+            if (!q.threshold)
+                given = load_listed(q.start, q.wide_start, list + v * LANES, 0, lanes) & inside;
+            listed = listed || any(given);
+            mask[v] = (vec)(given | ~inside);
         }
         if (!q.threshold) return;
         if (q.wide_start)
@@ -94,50 +113,51 @@ class Window {
 
     // Row `position` of the window: x holds its channels, 0 beyond them.
     void quantize(const vec* x, int64_t position) {
-        const int64_t t = q.token(first + position), row = sample * q.length + t;
-        const float scale = read(q.scale, q.scale_dtype, t);
-        const float top = float((1 << q.inlier_bits) - 1), half = float(1 << (q.inlier_bits - 1));
-        const float threshold = q.threshold ? read(q.threshold, q.threshold_dtype, t) : 0.f;
-        int8_t* codes = q.codes + row * q.columns;
-        Grid grid;
-        if (q.zero_point) {
-            const float zero = read(q.zero_point, q.zero_dtype, t);
-            grid = {all(scale), all(zero), vec{}, all(top), all(half)};
-            if (q.threshold)
-                extend(x, position, scale * (top / 2 - zero), scale * (top / 2), threshold);
-            encode_row<false>(codes, x, grid, q.columns);
-        } else {
-            grid = {all(scale), vec{}, all(1 - half), all(half - 1), vec{}};
-            if (q.threshold) extend(x, position, 0.f, scale * (half - 1), threshold);
-            encode_row<true>(codes, x, grid, q.columns);
-        }
-        q.outlier_scale[row] = hits ? encode_outliers(codes, x, grid) : 1.f;
+        q.zero_point ? quantize_row<false>(x, position) : quantize_row<true>(x, position);
     }
 
   private:
+    template <bool SYMMETRIC> void quantize_row(const vec* x, int64_t position) {
+        const int64_t t = q.token(first + position), row = sample * q.length + t;
+        const float scale = read(q.scale, q.scale_dtype, t);
+        const float top = float((1 << q.inlier_bits) - 1), half = float(1 << (q.inlier_bits - 1));
+        const float zero = SYMMETRIC ? 0.f : read(q.zero_point, q.zero_dtype, t);
+        const Grid inlier = SYMMETRIC ? Grid(scale, 0.f, 1 - half, half - 1, 0.f)
+                                      : Grid(scale, zero, 0.f, top, half);
+        if (q.threshold) {
+            const float threshold = read(q.threshold, q.threshold_dtype, t);
+            if (SYMMETRIC) extend<true>(x, position, 0.f, scale * (half - 1), threshold);
+            else extend<false>(x, position, scale * (top / 2 - zero), scale * (top / 2), threshold);
+        }
+        float dynamic = 1.f, most = 0.f;  // outliers that stay in floating point have code 0
+        if (listed && q.outlier_bits <= 8) {
+            most = float((1 << (q.outlier_bits - 1)) - 1);
+            dynamic = peak(x) / most;
+            dynamic = dynamic < 1e-8f ? 1e-8f : dynamic;
+        }
+        q.outlier_scale[row] = dynamic;
+        const Grid outlier(dynamic, 0.f, -most, most, 0.f);
+        int8_t* codes = q.codes + row * q.columns;
+        if (listed) encode_row<SYMMETRIC, true>(codes, x, inlier, outlier);
+        else encode_row<SYMMETRIC, false>(codes, x, inlier, outlier);
+    }
+
     // Once an unlisted channel leaves the range, all at or over the threshold are listed.
+    template <bool SYMMETRIC>
     void extend(const vec* x, int64_t position, float middle, float limit, float threshold) {
-        const int64_t whole = q.columns / LANES, rest = q.columns % LANES;
-        ivec leaves = {}, reaches = {};
-        const auto look = [&](int64_t v, ivec lanes) {
-            const vec magnitude = abs(x[v] - middle);
-            const ivec unlisted = ~(ivec)mask[v] & lanes;
-            leaves |= unlisted & (magnitude > limit);
-            reaches |= unlisted & (magnitude >= threshold);
-        };
-        for (int64_t v = 0; v < whole; v++) look(v, ~ivec{});
-        if (rest) look(whole, lanes_below(rest));
-        if (!any(leaves) || !any(reaches)) return;
-        hits = 0;
+        const auto magnitude = [&](int64_t v) { return abs(SYMMETRIC ? x[v] : x[v] - middle); };
+        vec most = all(-1.f);  // of unlisted channels
+        for (int64_t v = 0; v < vectors(q.columns); v++)
+            most = max(select((ivec)mask[v], all(-1.f), magnitude(v)), most);
+        if (!any(most > limit) || !any(most >= threshold)) return;
         for (int64_t v = 0; v < vectors(q.columns); v++) {
-            ivec joins = ~(ivec)mask[v] & (abs(x[v] - middle) >= threshold);
-            if (v == whole) joins &= lanes_below(rest);
+            const ivec joins = ~(ivec)mask[v] & (magnitude(v) >= threshold);
             if (any(joins)) join(v, joins, int32_t(position));
-            if (any((ivec)mask[v])) hit[hits++] = v;
         }
     }
 
     void join(int64_t v, ivec joins, int32_t position) {
+        listed = true;
         mask[v] = (vec)((ivec)mask[v] | joins);
         for (unsigned left = bits_of(joins); left; left &= left - 1) {
             const int64_t k = list + v * LANES + __builtin_ctz(left);
@@ -148,26 +168,45 @@ class Window {
         }
     }
 
-    // Overwrites the codes of listed channels; returns their scale.
-    float encode_outliers(int8_t* codes, const vec* x, const Grid& inlier) const {
-        float most = 0.f, scale = 1.f;  // outliers that stay in floating point have code 0
-        if (q.outlier_bits <= 8) {
-            vec peak = {};
-            for (int64_t i = 0; i < hits; i++)
-                peak = max(peak, (vec)((ivec)mask[hit[i]] & (ivec)abs(x[hit[i]])));
-            float largest = peak[0];
-            for (int i = 1; i < LANES; i++) largest = peak[i] > largest ? peak[i] : largest;
-            most = float((1 << (q.outlier_bits - 1)) - 1);
-            scale = largest / most;
-            scale = scale < 1e-8f ? 1e-8f : scale;
+    // The largest magnitude of a listed channel.
+    float peak(const vec* x) const {
+        vec most = {};
+        for (int64_t v = 0; v < vectors(q.columns); v++)
+            most = max(most, (vec)((ivec)mask[v] & (ivec)abs(x[v])));
+        float largest = most[0];
+        for (int i = 1; i < LANES; i++) largest = most[i] > largest ? most[i] : largest;
+        return largest;
+    }
+
+    template <bool SYMMETRIC, bool LISTED>
+    void encode_row(int8_t* codes, const vec* x, const Grid& inlier, const Grid& outlier) const {
+        int64_t v = 0;
+        ivec found[4];
+        for (; (v + 4) * LANES <= q.columns; v += 4) {
+            encode_vectors<SYMMETRIC, LISTED, 4>(found, x, v, inlier, outlier);
+            store_codes(codes + v * LANES, found[0], found[1], found[2], found[3]);
         }
-        const Grid outlier = {all(scale), vec{}, all(-most), all(most), vec{}};
-        for (int64_t i = 0; i < hits; i++) {
-            const int64_t v = hit[i];
-            const Grid grid = select((ivec)mask[v], outlier, inlier);
-            store_codes(codes + v * LANES, grid.encode<false>(x[v]), filled(q.columns, v));
+        for (; v < vectors(q.columns); v++) {
+            encode_vectors<SYMMETRIC, LISTED, 1>(found, x, v, inlier, outlier);
+            store_codes(codes + v * LANES, found[0], filled(q.columns, v));
         }
-        return scale;
+    }
+
+    // Codes of vectors v, v + 1, ... of x. Outliers have neither zero nor offset.
+    template <bool SYMMETRIC, bool LISTED, int COUNT>
+    void encode_vectors(ivec* to, const vec* x, int64_t v, const Grid& inlier,
+                        const Grid& outlier) const {
+        const auto grid = [&](int n) {
+            return LISTED ? select((ivec)mask[v + n], outlier, inlier) : inlier;
+        };
+        if (inlier.invertible && outlier.invertible) {
+            vec middle = {};
+#pragma GCC unroll 4
+            for (int n = 0; n < COUNT; n++) to[n] = encode_fast<SYMMETRIC>(x[v + n], grid(n), middle);
+            if (!any(middle > 0.5f - 0x1p-12f)) return;
+        }
+        for (int n = 0; n < COUNT; n++)
+            to[n] = encode<SYMMETRIC>(x[v + n], grid(n));
     }
 };
 

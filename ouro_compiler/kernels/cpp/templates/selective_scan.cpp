@@ -8,9 +8,9 @@
 
 constexpr int TILE = 64;
 #if defined(__AVX512F__)
-constexpr int STATES_AT_ONCE = STATES < 8 ? STATES : 8;
-#else
 constexpr int STATES_AT_ONCE = STATES < 4 ? STATES : 4;
+#else
+constexpr int STATES_AT_ONCE = STATES < 2 ? STATES : 2;  // with what 2^x needs, 16 registers
 #endif
 
 struct Scan {
@@ -23,9 +23,9 @@ struct Scan {
     int64_t sb_n, sb_l, sc_n, sc_l;
 };
 
-// INSIDE: no exponent needs a bound.
+// INSIDE: no exponent needs a bound. Not inlined: inside `scan` its registers go to memory.
 template <int COUNT, bool INSIDE>
-static inline void states(const vec* a, vec* h, const vec* dt, const vec* dx, vec* acc,
+__attribute__((noinline)) static void states(const vec* a, vec* h, const vec* dt, const vec* dx, vec* acc,
                           const float* b, int64_t sb, const float* c, int64_t sc, int count) {
     vec state[COUNT];
     for (int n = 0; n < COUNT; n++) state[n] = h[n];
@@ -33,11 +33,13 @@ static inline void states(const vec* a, vec* h, const vec* dt, const vec* dx, ve
         const int t = REVERSE ? count - 1 - i : i;
         const vec step = dt[t], input = dx[t];
         vec sum = acc[t];
+        vec decay[COUNT];
+#pragma GCC unroll 8
+        for (int n = 0; n < COUNT; n++) decay[n] = step * a[n];
+        INSIDE ? exp2_inside<COUNT>(decay) : exp2<COUNT>(decay);
 #pragma GCC unroll 8
         for (int n = 0; n < COUNT; n++) {
-            const vec exponent = step * a[n];
-            const vec decay = INSIDE ? exp2_inside(exponent) : exp2(exponent);
-            state[n] = fma(decay, state[n], input * b[t * sb + n]);
+            state[n] = fma(decay[n], state[n], input * b[t * sb + n]);
             sum = fma(state[n], all(c[t * sc + n]), sum);
         }
         acc[t] = sum;
@@ -69,12 +71,16 @@ static void scan(const Scan& s, const vec* a, vec skip, vec bias, bool softplus_
         const int64_t first = (REVERSE ? tiles - 1 - i : i) * TILE;
         const int count = int(std::min<int64_t>(TILE, length - first));
         ivec inside = always;
+        for (int t = 0; t < count; t++)
+            dt[t] = load<DTYPE_DELTA>(s.delta + (first + t) * s.sd_l, lanes) + bias;
+        if (softplus_delta) {
+            int t = 0;
+            for (; t + 4 <= count; t += 4) softplus<4>(dt + t);
+            for (; t < count; t++) dt[t] = softplus(dt[t]);
+        }
         for (int t = 0; t < count; t++) {
-            vec step = load<DTYPE_DELTA>(s.delta + (first + t) * s.sd_l, lanes) + bias;
-            if (softplus_delta) step = softplus(step);
-            const vec x = load<DTYPE_U>(s.u + (first + t) * s.su_l, lanes);
+            const vec step = dt[t], x = load<DTYPE_U>(s.u + (first + t) * s.su_l, lanes);
             inside &= (step >= 0) & (step * least >= -126);
-            dt[t] = step;
             dx[t] = step * x;
             acc[t] = skip * x;
         }

@@ -118,54 +118,85 @@ static inline vec round_even(vec x) {
     return (x + magic) - magic;
 }
 
-// 2^x for -126 <= x < 128, with a relative error of at most 2.5e-7; 2^0 is exactly 1.
-static inline vec exp2_inside(vec x) {
-    const vec magic = all(0x1.8p23f);
-    vec shifted = x + magic;
-    vec f = x - (shifted - magic);
-    vec p = all(1.3264727e-3f);
-    p = fma(p, f, all(9.6715126e-3f));
-    p = fma(p, f, all(5.5507337e-2f));
-    p = fma(p, f, all(2.4022242e-1f));
-    p = fma(p, f, all(6.9314698e-1f));
-    p = fma(p, f, all(1.f));
-    return (vec)((ivec)p + ((ivec)shifted << 23));
+// Elementary functions of N vectors at a time, an operation of all of them after the other: a
+// processor does not look far enough ahead to overlap whole functions.
+#define OURO_EACH _Pragma("GCC unroll 8") for (int n = 0; n < N; n++)
+
+// p = 2^f * 2^(the integer in the low bits of `shifted`), for |f| <= 0.5, with a relative error of
+// at most 2.5e-7; 2^0 is exactly 1.
+template <int N> static inline void scaled_exp2(const vec* f, const vec* shifted, vec* p) {
+    OURO_EACH p[n] = fma(all(1.3264727e-3f), f[n], all(9.6715126e-3f));
+    OURO_EACH p[n] = fma(p[n], f[n], all(5.5507337e-2f));
+    OURO_EACH p[n] = fma(p[n], f[n], all(2.4022242e-1f));
+    OURO_EACH p[n] = fma(p[n], f[n], all(6.9314698e-1f));
+    OURO_EACH p[n] = fma(p[n], f[n], all(1.f));
+    OURO_EACH p[n] = (vec)((ivec)p[n] + ((ivec)shifted[n] << 23));
+}
+
+// x = 2^x for -126 <= x < 128. Beyond: see exp2.
+template <int N> static inline void exp2_inside(vec* x) {
+    vec shifted[N], p[N];
+    OURO_EACH shifted[n] = x[n] + all(0x1.8p23f);
+    OURO_EACH x[n] = x[n] - (shifted[n] - all(0x1.8p23f));
+    scaled_exp2<N>(x, shifted, p);
+    OURO_EACH x[n] = p[n];
 }
 
 // The same for every x: 2^-126 below the range, infinite above, and not a number stays one.
-static inline vec exp2(vec x) { return exp2_inside(min(all(128.f), max(all(-126.f), x))); }
-
-constexpr float LOG2E = 1.4426950408889634f;
-
-// e^x with a relative error of 2.5e-7 for any x: log2(e) in two parts, the power of two in two steps
-// (it may overflow to infinity and underflow to 0). Not a number stays one.
-static inline vec exp(vec x) {
-    x = min(all(89.f), max(all(-104.f), x));
-    const vec magic = all(0x1.8p23f);
-    const vec shifted = fma(x, all(LOG2E), magic);
-    const vec n = shifted - magic;
-    const vec f = fma(n, all(-1.42860677e-6f), fma(n, all(-0.693145752f), x)) * LOG2E;
-    vec p = all(1.3264727e-3f);
-    p = fma(p, f, all(9.6715126e-3f));
-    p = fma(p, f, all(5.5507337e-2f));
-    p = fma(p, f, all(2.4022242e-1f));
-    p = fma(p, f, all(6.9314698e-1f));
-    p = fma(p, f, all(1.f));
-    const ivec power = (ivec)shifted - (ivec)magic, half = power >> 1;
-    return p * (vec)(half + 127 << 23) * (vec)(power - half + 127 << 23);
+template <int N> static inline void exp2(vec* x) {
+    OURO_EACH x[n] = min(all(128.f), max(all(-126.f), x[n]));
+    exp2_inside<N>(x);
 }
 
-// log(1 + y) for y in [0, 1].
-static inline vec log1p(vec y) {
-    vec s = y / (y + 2.f), s2 = s * s;
-    vec p = all(0.14005994f);
-    p = fma(p, s2, all(0.14000903f));
-    p = fma(p, s2, all(0.20010764f));
-    p = fma(p, s2, all(0.33333208f));
-    p = fma(p, s2, all(1.f));
-    return 2.f * s * p;
+static inline vec exp2_inside(vec x) { return exp2_inside<1>(&x), x; }
+static inline vec exp2(vec x) { return exp2<1>(&x), x; }
+
+constexpr float LOG2E = 1.4426950408889634f, LOG2E_REST = 1.92596299e-8f;
+
+// x = e^-|x|, with a relative error of 3e-7; 0 below e^-86.5, and where x is not a number.
+template <int N> static inline void exp_negative(vec* x) {
+    vec shifted[N], f[N], p[N];
+    OURO_EACH x[n] = (vec)((ivec)x[n] | ivec(all(-0.f)));
+    OURO_EACH shifted[n] = fma(x[n], all(LOG2E), all(0x1.8p23f));
+    OURO_EACH f[n] = fma(x[n], all(LOG2E), all(0x1.8p23f) - shifted[n]);
+    OURO_EACH f[n] = fma(x[n], all(LOG2E_REST), f[n]);
+    scaled_exp2<N>(f, shifted, p);
+    OURO_EACH x[n] = (vec)((ivec)p[n] & (x[n] > all(-86.5f)));
 }
 
-static inline vec sigmoid(vec x) { return 1.f / (1.f + exp(-x)); }
-static inline vec silu(vec x) { return x / (1.f + exp(-x)); }
-static inline vec softplus(vec x) { return max(vec{}, x) + log1p(exp(-abs(x))); }
+// Lanes of `a` where x is negative, else of `b`.
+static inline vec where_negative(vec x, vec a, vec b) { return x < 0 ? a : b; }
+
+template <int N> static inline void sigmoid(vec* x) {
+    vec e[N];
+    OURO_EACH e[n] = x[n];
+    exp_negative<N>(e);
+    OURO_EACH x[n] = x[n] == x[n] ? where_negative(x[n], e[n], all(1.f)) / (1.f + e[n]) : x[n];
+}
+
+template <int N> static inline void silu(vec* x) {
+    vec e[N];
+    OURO_EACH e[n] = x[n];
+    exp_negative<N>(e);
+    OURO_EACH x[n] = x[n] * where_negative(x[n], e[n], all(1.f));
+    OURO_EACH x[n] = x[n] / (1.f + e[n]);
+}
+
+// max(0, x) + log(1 + e^-|x|)
+template <int N> static inline void softplus(vec* x) {
+    vec s[N], s2[N], p[N];
+    OURO_EACH s[n] = x[n];
+    exp_negative<N>(s);
+    OURO_EACH s[n] = s[n] / (s[n] + 2.f);
+    OURO_EACH s2[n] = s[n] * s[n];
+    OURO_EACH p[n] = fma(all(2 * 0.14005994f), s2[n], all(2 * 0.14000903f));
+    OURO_EACH p[n] = fma(p[n], s2[n], all(2 * 0.20010764f));
+    OURO_EACH p[n] = fma(p[n], s2[n], all(2 * 0.33333208f));
+    OURO_EACH p[n] = fma(p[n], s2[n], all(2.f));
+    OURO_EACH x[n] = fma(p[n], s[n], max(vec{}, x[n]));
+}
+#undef OURO_EACH
+
+static inline vec sigmoid(vec x) { return sigmoid<1>(&x), x; }
+static inline vec silu(vec x) { return silu<1>(&x), x; }
+static inline vec softplus(vec x) { return softplus<1>(&x), x; }
