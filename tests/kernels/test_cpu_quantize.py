@@ -136,7 +136,7 @@ def test_rounding_of_ties_and_extremes(value: float, limit: float) -> None:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("zero", [None, 100, 300, 7.5])
+@pytest.mark.parametrize("zero", [None, 100.0, 300.0, 7.5])
 def test_rounding_next_to_the_middle_of_two_codes(bits: int, zero: float | None) -> None:
     """Where a product with the inverse of a scale, instead of a quotient, gives other codes."""
     length, top = 64, 2 ** (bits - 1)

@@ -63,7 +63,8 @@ template <bool SYMMETRIC> static inline ivec encode(vec x, const Grid& g) {
     if constexpr (SYMMETRIC) return integers(min(g.high, max(g.low, steps)));
     const vec bound = all(0x1p20f);  // beyond every range, where rounding is still exact
     const vec code = round_even(min(bound, max(-bound, steps))) + g.zero;
-    return integers(min(g.high, max(g.low, code)) - g.offset);
+    // Towards zero, as the reference: it matters where zero is not whole.
+    return __builtin_convertvector(min(g.high, max(g.low, code)) - g.offset, ivec);
 }
 
 // The same from x * inverse, where it cannot make a difference: far enough from the middle of two
