@@ -39,6 +39,8 @@ ALLOWED = {
     | {"data", "models", "calibration", "passes", "recipes", "sizes", "runtime", "lowering"}
     | {"frontend", "evaluation", "inspection", "kernels"},
 }
+ALLOWED["synthetic"] = SHARED | {"calibration", "frontend", "kernels"}
+ALLOWED["compiler"] |= {"synthetic"}
 ALLOWED["backend_options"] = LEAVES | {"compiler", "data", "frontend"}
 ALLOWED["backend"] = LEAVES | {"backend_options", "compiler", "frontend"}
 EVERYTHING = set(ALLOWED)
