@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -87,7 +86,10 @@ def _apart(gm: fx.GraphModule) -> fx.GraphModule:
         value = get_constant(gm, nodes[name])
         assert value is not None
         constants[name] = value.detach()
-    return fx.GraphModule(constants, copy.deepcopy(gm.graph))
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    graph.set_codegen(gm.graph._codegen)  # what makes one tensor of a tuple
+    return fx.GraphModule(constants, graph)
 
 
 def _folder() -> Path | None:
