@@ -25,6 +25,10 @@ from ouro_compiler.report import CalibrationRow
 logger = logging.getLogger(__name__)
 
 
+class UnsynthesizableError(UsageError):
+    """No images can be synthesised from this model."""
+
+
 def synthetic_images(
     gm: fx.GraphModule,
     shape: Sequence[int],
@@ -39,11 +43,15 @@ def synthetic_images(
     """Make images for a normalised graph, which stays as it is, or find them in the cache.
 
     shape: its input (B, C, H, W). preprocessing: of its own images; its size is not read. Raises
-    UsageError for a model whose input is no square image, or that says nothing of its images.
+    UnsynthesizableError for a model whose input is no square image, or that says nothing of its
+    images, and UsageError for images that are not finite.
     """
-    synthesizer = Synthesizer(
-        _apart(gm), preprocessing_for(shape, preprocessing), spec, device=device
-    )
+    try:
+        synthesizer = Synthesizer(
+            _apart(gm), preprocessing_for(shape, preprocessing), spec, device=device
+        )
+    except UsageError as error:
+        raise UnsynthesizableError(str(error)) from error
     folder = _folder() if cache else None
     return synthesize(synthesizer, folder=folder, workers=workers, progress=progress)
 

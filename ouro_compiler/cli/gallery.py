@@ -30,6 +30,7 @@ _IMAGES, _ARRAYS, _LOSS, _PLOT, _SHEET = (
 _NUMBERED = re.compile(r"[0-9]{4,}\.png|.+\.partial")  # partial: of a run that was killed
 _GAP = 2  # pixels between the images of a sheet
 _WIDEST = 4096  # pixels of a sheet
+_SMALLEST = 64  # pixels of an image there: smaller ones are shown enlarged
 
 
 def check_folder(folder: Path) -> None:
@@ -111,14 +112,16 @@ def contact_sheet(pixels: np.ndarray) -> Image.Image:
 
     count, side = len(pixels), pixels.shape[1]
     columns = math.ceil(math.sqrt(count))
-    side = max(1, min(side, _WIDEST // columns - _GAP))
+    shown = side * -(-_SMALLEST // side)
+    way = Image.Resampling.NEAREST if shown > side else Image.Resampling.BICUBIC
+    side = max(1, min(shown, _WIDEST // columns - _GAP))
     cell = side + _GAP
     size = (columns * cell + _GAP, -(-count // columns) * cell + _GAP)
     first = _picture(pixels[0])
     sheet = Image.new(first.mode, size, "white")
     for index, image in enumerate(pixels):
         row, column = divmod(index, columns)
-        small = _picture(image).resize((side, side), Image.Resampling.BICUBIC)
+        small = _picture(image).resize((side, side), way)
         sheet.paste(small, (_GAP + column * cell, _GAP + row * cell))
     return sheet
 
