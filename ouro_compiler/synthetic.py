@@ -29,6 +29,7 @@ class UnsynthesizableError(UsageError):
     """No images can be synthesised from this model."""
 
 
+@torch.inference_mode(False)  # what is made under it takes no part in gradients
 def synthetic_images(
     gm: fx.GraphModule,
     shape: Sequence[int],
@@ -93,7 +94,7 @@ def _apart(gm: fx.GraphModule) -> fx.GraphModule:
     for name in constant_names(gm):
         value = get_constant(gm, nodes[name])
         assert value is not None
-        constants[name] = value.detach()
+        constants[name] = value.clone() if value.is_inference() else value.detach()
     graph = fx.Graph()
     graph.output(graph.graph_copy(gm.graph, {}))
     graph.set_codegen(gm.graph._codegen)  # what makes one tensor of a tuple
