@@ -39,7 +39,10 @@ def check_folder(folder: Path) -> None:
         return
     if not folder.is_dir():
         raise UsageError(f"--output {folder}: not a folder, nor a name in an existing folder")
-    found = {entry.name for entry in folder.iterdir() if entry.suffix != ".partial"}
+    try:
+        found = {entry.name for entry in folder.iterdir() if entry.suffix != ".partial"}
+    except OSError as error:
+        raise UsageError(f"--output {folder}: it cannot be listed: {error.strerror}") from error
     if found and not (found <= {_IMAGES, _ARRAYS, _LOSS, _PLOT, _SHEET} and _is_ours(folder)):
         raise UsageError(
             f"--output {folder}: it holds other files; choose an empty folder, or an earlier output"
