@@ -1,7 +1,7 @@
 """ouro_compiler: compile Vision Mamba models to 4 and 8 bits.
 
 import ouro_compiler as ouro
-compiled = ouro.compile(model, images[:1], ouro.W4A4, calibration=images)
+compiled = ouro.compile(model, images[:1], ouro.W4A4)  # calibrated on images made from the model
 compiled.save("model.pt2"); ouro.load("model.pt2")(images)
 """
 
@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from ouro_compiler.compiler import compile
-    from ouro_compiler.config import PRESETS, W4A4, W4A8, W6A6, W8A8, QuantConfig
+    from ouro_compiler.config import PRESETS, W4A4, W4A8, W6A6, W8A8, QuantConfig, SynthesisSpec
     from ouro_compiler.frontend.standins import install_standins
     from ouro_compiler.runtime.artifact import load
     from ouro_compiler.runtime.compiled_model import CompiledModel
@@ -24,7 +24,8 @@ _HOMES = {
     "install_standins": "ouro_compiler.frontend.standins",
     "CompiledModel": "ouro_compiler.runtime.compiled_model",
     **dict.fromkeys(
-        ("PRESETS", "W4A4", "W4A8", "W6A6", "W8A8", "QuantConfig"), "ouro_compiler.config"
+        ("PRESETS", "W4A4", "W4A8", "W6A6", "W8A8", "QuantConfig", "SynthesisSpec"),
+        "ouro_compiler.config",
     ),
 }
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "W8A8",
     "CompiledModel",
     "QuantConfig",
+    "SynthesisSpec",
     "compile",
     "install_standins",
     "load",

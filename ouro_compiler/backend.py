@@ -22,6 +22,7 @@ from ouro_compiler.frontend.batch import free_batch
 from ouro_compiler.frontend.capture import capture
 from ouro_compiler.frontend.dynamo import ImageGraph, UncalibratableError, bind, refuse_training
 from ouro_compiler.report import LayerRow, Report
+from ouro_compiler.synthetic import UnsynthesizableError, synthetic_images
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +109,9 @@ def _compile(graph: ImageGraph, images: Images, options: Options) -> tuple[fx.Gr
         if options.strict:
             refuse_skipped(plan.rows)
         raise NothingToQuantizeError(_why_nothing(plan.rows))
+    if options.synthesis is not None:
+        with timed(report, "synthesise"):
+            images = _synthetic(captured, graph, options)
     program = quantize(
         captured,
         plan,
@@ -122,6 +126,22 @@ def _compile(graph: ImageGraph, images: Images, options: Options) -> tuple[fx.Gr
     if graph.device.type != "cpu":
         program = move_to_device_pass(program, graph.device)
     return _flat(program), report
+
+
+def _synthetic(captured: fx.GraphModule, graph: ImageGraph, options: Options) -> Images:
+    """Raises UncalibratableError where the graph says nothing of its images."""
+    assert options.synthesis is not None
+    try:
+        return synthetic_images(
+            captured,
+            graph.shape,
+            options.synthesis,
+            preprocessing=options.preprocessing,
+            device=graph.device.type,
+            cache=options.cache,
+        )
+    except UnsynthesizableError as error:
+        raise UncalibratableError(str(error)) from error
 
 
 class NothingToQuantizeError(UncalibratableError):

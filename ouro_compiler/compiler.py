@@ -16,7 +16,7 @@ from ouro_compiler.calibration.images import Images as Images
 from ouro_compiler.calibration.images import ResizedImages, image_of_other_resolution, shown
 from ouro_compiler.calibration.images import TensorImages as TensorImages
 from ouro_compiler.calibration.rows import site_rows
-from ouro_compiler.config import W4A4, Preprocessing, QuantConfig, Target
+from ouro_compiler.config import W4A4, Preprocessing, QuantConfig, SynthesisSpec, Target
 from ouro_compiler.errors import ModelError, RefusedLayerError, UsageError, VerificationError
 from ouro_compiler.evaluation import OutlierCounter, accuracy, run_batches, snr_db
 from ouro_compiler.frontend.capture import capture, export
@@ -28,6 +28,7 @@ from ouro_compiler.report import LayerRow, Report
 from ouro_compiler.runtime.artifact import build_manifest, checksum
 from ouro_compiler.runtime.compiled_model import CompiledModel
 from ouro_compiler.sizes import bytes_by_part
+from ouro_compiler.synthetic import calibration_row, synthesis_device, synthetic_images
 
 Captured = tuple[fx.GraphModule, ouromamba.Plan]  # normalised and planned, by `prepare`
 RECIPES: dict[str, Callable[[fx.GraphModule, QuantConfig], ouromamba.Plan]] = {
@@ -40,33 +41,48 @@ def compile(
     example_inputs: Tensor | tuple[Tensor],
     config: QuantConfig = W4A4,
     *,
-    calibration: Tensor | Images | None = None,
+    calibration: Tensor | Images | SynthesisSpec | None = None,
     verify: Images | None = None,
     target: Target | None = None,
     preprocessing: Preprocessing | None = None,
     strict: bool = False,
     batch_size: int = 32,
+    cache: bool = True,
     progress: Progress | None = None,
 ) -> CompiledModel:
     """Compile a model of one image tensor into a quantized CompiledModel.
 
     example_inputs: one batch (B, C, H, W), any B >= 1. calibration: images (n, C, H, W) in the
     model's own normalisation; of another resolution only with `inlier_scale` per_tensor, for models
-    that take both. verify: images, with labels if there are any, on which accuracy and
-    logits SNR before and after are measured; without it they are measured on the calibration
-    images.
+    that take both; or how to synthesise them from the model (None: SynthesisSpec()), which is done
+    once and kept in the user's cache unless `cache` is False. verify: images, with labels if there
+    are any, on which accuracy and logits SNR before and after are measured; without it they are
+    measured on the calibration images. preprocessing: of the model's images, for the artefact.
     strict: raise RefusedLayerError when a layer that the recipe selected stays in floating point.
-    Raises UsageError without calibration images or for ones that do not fit, and ModelError if the
-    model cannot be traced.
+    Raises UsageError for images that do not fit, or a model they cannot be synthesised from, and
+    ModelError if the model cannot be traced.
     """
-    if calibration is None:
-        raise UsageError("calibration images are needed: pass calibration=")
-    images = TensorImages(calibration) if isinstance(calibration, Tensor) else calibration
     example = example_inputs[0] if isinstance(example_inputs, tuple) else example_inputs
     report = Report(config=config.to_dict())
     with timed(report, "capture"):
         gm = capture(model, example)
         plan = prepare(gm, config)
+        if strict:
+            refuse_skipped(plan.rows)
+    if calibration is None or isinstance(calibration, SynthesisSpec):
+        with timed(report, "synthesise"):
+            images: Images = synthetic_images(
+                gm,
+                example.shape,
+                calibration or SynthesisSpec(),
+                preprocessing=preprocessing,
+                device=synthesis_device(target or "cpu"),
+                cache=cache,
+                progress=progress,
+            )
+    else:
+        images = TensorImages(calibration) if isinstance(calibration, Tensor) else calibration
+    with timed(report, "capture"):
         captured = _capture_for(model, images, example, config, plan)
     program = quantize(
         gm,
@@ -152,6 +168,7 @@ def quantize(
     VerificationError for outputs that are not finite.
     """
     before = bytes_by_part(gm, as_half=True)
+    report.calibration = calibration_row(calibration)
     with timed(report, "reference"):
         resized = ResizedImages(calibration, example.shape[2:]) if calibrated else calibration
         measured = verify or resized
@@ -282,10 +299,11 @@ def _fill_bytes(report: Report, before: dict[str, int], stored: dict[str, int]) 
 
 @contextmanager
 def timed(report: Report, stage: str) -> Iterator[None]:
-    """Note the seconds that a stage takes."""
+    """Note the seconds that a stage takes, added to what it took before."""
     start = time.perf_counter()
     yield
-    report.seconds[stage] = round(time.perf_counter() - start, 3)
+    seconds = report.seconds.get(stage, 0.0) + time.perf_counter() - start
+    report.seconds[stage] = round(seconds, 3)
 
 
 def refuse_skipped(rows: Sequence[LayerRow]) -> None:

@@ -185,6 +185,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             names = [name for name in ("images", "labels") if name in file.keys()]  # noqa: SIM118
+            if (file.metadata() or {}).get("labels") == "drawn at random":
+                names = ["images"]  # of `ouro generate`: its labels are no ground truth
             return {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
         raise UsageError(f"{path} cannot be read as arrays: {_reason(error)}") from error

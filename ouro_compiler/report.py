@@ -60,10 +60,21 @@ class SiteRow:
 
 
 @dataclass(kw_only=True)
+class CalibrationRow:
+    """What calibrated: how many images of what; of synthesised ones how they were made."""
+
+    description: str
+    images: int
+    synthesis: dict[str, Any] | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
 class Report:
     """Everything `--report` writes. Fractions for accuracy, decibels for SNR, bytes, seconds."""
 
     config: dict[str, Any]
+    calibration: CalibrationRow | None = None
     layers: list[LayerRow] = field(default_factory=list)
     sites: list[SiteRow] = field(default_factory=list)
     kernels: list[KernelRow] = field(default_factory=list)
@@ -93,6 +104,7 @@ class Report:
         found: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
             "config": self.config,
+            "calibration": dataclasses.asdict(self.calibration) if self.calibration else None,
             "accuracy": {"before": self.accuracy_before, "after": self.accuracy_after},
             "logits_snr_db": _finite(self.logits_snr_db),
             "snr_data": self.snr_data,

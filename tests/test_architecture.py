@@ -39,8 +39,10 @@ ALLOWED = {
     | {"data", "models", "calibration", "passes", "recipes", "sizes", "runtime", "lowering"}
     | {"frontend", "evaluation", "inspection", "kernels"},
 }
+ALLOWED["synthetic"] = SHARED | {"calibration", "frontend", "kernels"}
+ALLOWED["compiler"] |= {"synthetic"}
 ALLOWED["backend_options"] = LEAVES | {"compiler", "data", "frontend"}
-ALLOWED["backend"] = LEAVES | {"backend_options", "compiler", "frontend"}
+ALLOWED["backend"] = LEAVES | {"backend_options", "compiler", "frontend", "synthetic"}
 EVERYTHING = set(ALLOWED)
 ALLOWED["cli"] = EVERYTHING
 # Written as ouro_compiler.__version__ in the manifest; the public names of __init__ load lazily.

@@ -20,8 +20,9 @@ import ouro_compiler as ouro
 from ouro_compiler.backend import CompiledGraph
 from ouro_compiler.backend import ouro as backend
 from ouro_compiler.compiler import TensorImages
-from ouro_compiler.config import Preprocessing
+from ouro_compiler.config import Preprocessing, SynthesisSpec
 from ouro_compiler.data import noise_images
+from ouro_compiler.evaluation import snr_db
 from ouro_compiler.frontend.checkpoint import load_model
 from ouro_compiler.models.vim import vim_micro
 from ouro_compiler.runtime.compiled_model import CompiledModel
@@ -346,7 +347,6 @@ def test_options_that_cannot_be_used(tmp_path: Path) -> None:
     refused("no option bits: options are calibration, config", bits=4)
     refused("there is no preset 'w2a2': presets are w4a4", config="w2a2")
     refused("config must be a QuantConfig", config=4)
-    refused("calibration images are needed", calibration=None)
     refused(r"must be fp32 images \(n, C, H, W\)", calibration=images().half())
     refused("calibration must be a tensor, a path", calibration=3)
     refused("does not exist", calibration=str(tmp_path / "none"))
@@ -354,6 +354,7 @@ def test_options_that_cannot_be_used(tmp_path: Path) -> None:
     refused("images must be a whole number", calibration="noise", images=0)
     refused("images limits a path", images=3)
     refused("strict must be True", strict="yes")
+    refused("cache must be True", cache=1)
     refused("preprocessing must be", preprocessing={"size": 28})
     refused("not finite", calibration=torch.full((2, 1, 28, 28), torch.nan))
     with pytest.raises(BackendCompilerFailed, match="UsageError: the ouro backend has no modes"):
@@ -408,3 +409,39 @@ def test_images_objects_and_noise_are_calibration_too() -> None:
     spy = Spy(small_vim(), options={"calibration": "noise", "images": 4})
     expected = ouro.compile(small_vim(), images(2), calibration=noise)
     assert torch.equal(spy(images(2)), expected(images(2)))
+
+
+TINY = SynthesisSpec(images=2, iterations=2, batch_size=2)
+
+
+def test_without_calibration_images_are_synthesised() -> None:
+    """The graph is another than compile()'s, and so may be the last bits of its images."""
+    spy = Spy(small_vim(), options={"calibration": TINY, "cache": False})
+    x = images(3, seed=1)
+    expected = ouro.compile(small_vim(), images(2), calibration=TINY, cache=False)
+    assert snr_db(expected(x), spy(x)) > 30
+    row = spy.graphs[0].report.calibration
+    assert row.description == "2 synthetic images"
+    assert row.synthesis == expected.report["calibration"]["synthesis"]
+    assert spy.graphs[0].report.snr_data == "2 synthetic images"
+
+
+@pytest.mark.parametrize("named", [None, "synthetic"])
+def test_synthesis_is_the_default(named: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def make(gm: Any, shape: Any, spec: SynthesisSpec, **keywords: Any) -> TensorImages:
+        asked.append(spec)
+        return TensorImages(images(2))
+
+    monkeypatch.setattr("ouro_compiler.backend.synthetic_images", make)
+    config = dataclasses.replace(ouro.W4A4, seed=3)
+    Spy(small_vim(), options={"calibration": named, "images": 5, "config": config})(images(2))
+    assert asked == [SynthesisSpec(images=5, seed=3)]
+
+
+def test_what_nothing_can_be_synthesised_from_is_left_alone() -> None:
+    model = nn.Sequential(nn.Linear(28, 28), nn.ReLU()).eval().requires_grad_(False)
+    left_alone(model, images(2), "cannot be synthesised", options={"calibration": None})
+    flat = nn.Sequential(nn.Linear(6, 4)).eval().requires_grad_(False)
+    left_alone(flat, torch.ones(3, 5, 6), "no square image", options={"calibration": None})

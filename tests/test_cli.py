@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,51 +13,10 @@ from safetensors.torch import save_file
 
 import ouro_compiler as ouro
 from ouro_compiler.cli import compile_main, main
+from tests.command_line import Cli, cli, refused
 from tests.models import compiled_vim, images, small_vim
 
-
-@dataclass
-class Result:
-    code: int
-    out: str
-    err: str
-
-
-Cli = Callable[..., Result]
-
-
-@pytest.fixture
-def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
-    """Run `ouro ARGS` (with entry=compile_main `ouro-compile ARGS`) beside a model."""
-    state = {name: tensor.clone() for name, tensor in small_vim().state_dict().items()}
-    save_file(state, tmp_path / "vim.safetensors")
-    np.savez(tmp_path / "images.npz", images=images().numpy())
-    labels = small_vim()(images(12, seed=4)).argmax(1).numpy()
-    np.savez(tmp_path / "test.npz", images=images(12, seed=4).numpy(), labels=labels)
-    monkeypatch.chdir(tmp_path)
-
-    def run(*args: str, entry: Callable[[], None] = compile_main) -> Result:
-        monkeypatch.setattr(sys, "argv", ["ouro", *args])
-        code = 0
-        try:
-            entry()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return Result(code, captured.out, captured.err)
-
-    return run
-
-
-def refused(result: Result, code: int, words: str) -> None:
-    """The exit code, one sentence on stderr, no result, no traceback, no artefact."""
-    assert result.code == code, result.err
-    assert words in result.err
-    assert result.err.startswith("error: ")
-    assert len(result.err.strip().splitlines()) == 1
-    assert result.out == ""
-    assert not list(Path().glob("*.pt2"))
-    assert not list(Path().glob("*.partial"))
+__all__ = ["cli"]  # a fixture
 
 
 def test_compile_verify_report(cli: Cli) -> None:
@@ -160,7 +116,11 @@ def test_verbose_logs_passes(cli: Cli) -> None:
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (("vim.safetensors", "--w4a4"), "no calibration images"),
+        (("vim.safetensors", "--calibration", "noise", "--iterations", "3"), "synthetic images"),
+        (("generate", "vim.safetensors", "-o", "."), "holds other files"),
+        (("generate", "vim.safetensors", "-o", "no/where"), "existing folder"),
+        (("generate", "vim.safetensors", "-o", "vim.safetensors"), "not a folder"),
+        (("generate", "vim.safetensors", "-o", "out", "-q", "-v"), "choose one of"),
         (("vim.safetensors", "--w4a4", "--w8a8"), "choose one of --w4a4 and --w8a8"),
         (("vim.safetensors", "-q", "-v"), "choose one of"),
         (("vim.safetensors", "--calibration", "gone.npz"), "gone.npz"),
@@ -172,11 +132,13 @@ def test_verbose_logs_passes(cli: Cli) -> None:
     ],
 )
 def test_usage_errors_exit_2(cli: Cli, args: tuple[str, ...], words: str) -> None:
-    refused(cli(*args), 2, words)
+    entry = main if args[0] == "generate" else compile_main
+    refused(cli(*args, entry=entry), 2, words)
 
 
 def test_unknown_option_exits_2(cli: Cli) -> None:
     assert cli("vim.safetensors", "--w3a3").code == 2
+    assert cli("generate", "vim.safetensors", "-o", "out", "--images", "0", entry=main).code == 2
 
 
 @pytest.mark.parametrize("kind", ["missing", "truncated", "text", "folder", "nan", "shape"])
@@ -261,6 +223,9 @@ def test_too_large_a_drop_exits_5(cli: Cli) -> None:
 def test_missing_device_exits_6(cli: Cli) -> None:
     args = ("--calibration", "noise", "--target", "cuda", "--verify", "test.npz")
     refused(cli("vim.safetensors", *args), 6, "no CUDA device")
+    generate = ("generate", "vim.safetensors", "-o", "out", "--device", "cuda")
+    refused(cli(*generate, entry=main), 6, "no CUDA device")
+    assert not Path("out").exists()
 
 
 def test_inspect_artefact_and_model(cli: Cli) -> None:

@@ -1,4 +1,4 @@
-"""The command line: `ouro-compile MODEL --w4a4 ...` and `ouro {compile, inspect}`.
+"""The command line: `ouro-compile MODEL --w4a4 ...` and `ouro {compile, generate, inspect}`.
 
 Progress goes to stderr, results to stdout. Exit codes are those of `ouro_compiler.errors`.
 """
@@ -31,6 +31,8 @@ def compile_command(
     output: options.Output = None,
     calibration: options.Calibration = None,
     images: options.Images = 128,
+    iterations: options.Iterations = None,
+    no_cache: options.NoCache = False,
     ssm: options.SsmOption = options.Ssm.params,
     outliers: options.OutliersOption = options.Outliers.dynamic,
     inlier_scale: options.InlierScaleOption = options.InlierScale.per_time_step,
@@ -81,6 +83,8 @@ def compile_command(
             output=output,
             calibration=calibration,
             images=images,
+            iterations=iterations,
+            cache=not no_cache,
             ssm=ssm.value,
             outliers=outliers.value,
             inlier_scale=inlier_scale.name,
@@ -95,6 +99,61 @@ def compile_command(
             report=report,
             batch_size=batch_size,
             seed=seed,
+            quiet=quiet,
+        )
+    )
+
+
+def generate_command(
+    model: options.ModelArgument,
+    output: Annotated[Path, typer.Option("-o", "--output", help="folder to write")],
+    images: Annotated[int, typer.Option(min=1, help="how many")] = 128,
+    iterations: options.Iterations = None,
+    features: options.FeaturesOption = options.Features.yp,
+    output_loss: options.OutputLossOption = options.OutputLoss.ce,
+    batch_size: options.SynthesisBatch = None,
+    seed: options.Seed = 0,
+    device: Annotated[options.TargetName, typer.Option(help="where")] = options.TargetName.cpu,
+    no_cache: options.NoCache = False,
+    arch: options.Arch = None,
+    ema: options.Ema = False,
+    model_arg: options.ModelArg = None,
+    checkpoint: options.Checkpoint = None,
+    input_shape: options.InputShape = None,
+    allow_pickle: options.AllowPickle = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Make calibration images from MODEL alone. torchrun shares the work among processes."""
+    from ouro_compiler.cli.generate import GenerateRequest, run
+    from ouro_compiler.cli.source import ModelSource
+    from ouro_compiler.config import SynthesisSpec
+
+    if quiet and verbose:
+        raise UsageError("choose one of --quiet and --verbose")
+    _log_passes(verbose)
+    run(
+        GenerateRequest(
+            source=ModelSource(
+                name=model,
+                arch=arch,
+                ema=ema,
+                arguments=tuple(model_arg or ()),
+                checkpoint=checkpoint,
+                input_shape=input_shape,
+                allow_pickle=allow_pickle,
+            ),
+            output=output,
+            spec=SynthesisSpec(
+                images=images,
+                iterations=iterations,
+                features=features.value,
+                output_loss=output_loss.value,
+                batch_size=batch_size,
+                seed=seed,
+            ),
+            device=device.value,
+            cache=not no_cache,
             quiet=quiet,
         )
     )
@@ -179,4 +238,4 @@ def compile_main() -> None:
 
 def main() -> None:
     """`ouro`"""
-    _run(_app(compile=compile_command, inspect=inspect_command))
+    _run(_app(compile=compile_command, generate=generate_command, inspect=inspect_command))

@@ -8,9 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ouro_compiler.cli.calibration import (
+    calibration_images,
+    check_calibration,
+    labelled_images,
+    synthesis_progress,
+)
 from ouro_compiler.cli.console import human_bytes, print_table, progress_bars, write_json
 from ouro_compiler.cli.source import ModelSource
-from ouro_compiler.config import PRESETS, QuantConfig, Target
+from ouro_compiler.config import PRESETS, QuantConfig, SynthesisSpec, Target
 from ouro_compiler.errors import OuroError, UsageError, VerificationError
 
 if TYPE_CHECKING:
@@ -28,6 +34,8 @@ class CompileRequest:
     output: Path | None
     calibration: str | None
     images: int
+    iterations: int | None
+    cache: bool
     ssm: Any
     outliers: Any
     inlier_scale: Any
@@ -72,8 +80,14 @@ def run(request: CompileRequest) -> None:
     if request.dry_run:
         _dry_run(request, loaded)
         return
-    calibration = _calibration(request, loaded)
-    verify = _verification(request, loaded)
+    calibration = calibration_images(
+        request.calibration,
+        loaded.preprocessing,
+        count=request.images,
+        iterations=request.iterations,
+        seed=request.seed,
+    )
+    verify = labelled_images(request.verify, loaded.preprocessing)
     compiled = _compile(request, loaded, calibration, verify)
     report = {**compiled.report, "seconds": compiled.seconds}
     failure = _verdict(request, report)
@@ -93,11 +107,7 @@ def _check(request: CompileRequest) -> None:
     """Refuse before any work what cannot end well."""
     if request.max_drop is not None and request.verify is None:
         raise UsageError("--max-drop needs --verify DATA to measure a drop on")
-    if request.calibration is None and not request.dry_run:
-        raise UsageError(
-            "no calibration images: pass --calibration with a folder of images, an .npz or "
-            ".safetensors of arrays, or 'noise'"
-        )
+    check_calibration(request.calibration, request.iterations)
     if request.precompile is not None:
         from ouro_compiler.kernels.offline import parse_architectures
 
@@ -113,39 +123,15 @@ def _check(request: CompileRequest) -> None:
         resolve_device(request.target)  # verification runs on the target
 
 
-def _calibration(request: CompileRequest, loaded: LoadedModel) -> ImageData:
-    from ouro_compiler.data import noise_images, open_images
-
-    assert request.calibration is not None
-    if request.calibration == "noise":
-        return noise_images(loaded.preprocessing, request.images, request.seed)
-    return open_images(
-        request.calibration, loaded.preprocessing, limit=request.images, seed=request.seed
-    )
-
-
-def _verification(request: CompileRequest, loaded: LoadedModel) -> ImageData | None:
-    from ouro_compiler.data import open_images
-
-    if request.verify is None:
-        return None
-    images = open_images(request.verify, loaded.preprocessing)
-    if images.labels is None:
-        raise UsageError(
-            f"--verify {request.verify}: no labels there; use class folders or a 'labels' array"
-        )
-    return images
-
-
 def _compile(
     request: CompileRequest,
     loaded: LoadedModel,
-    calibration: ImageData,
+    calibration: ImageData | SynthesisSpec,
     verify: ImageData | None,
 ) -> CompiledModel:
     from ouro_compiler.compiler import compile
 
-    with progress_bars(request.quiet) as progress:
+    with synthesis_progress(request.quiet) as progress:
         return compile(
             loaded.module,
             loaded.example,
@@ -156,6 +142,7 @@ def _compile(
             preprocessing=loaded.preprocessing,
             strict=request.strict,
             batch_size=request.batch_size,
+            cache=request.cache,
             progress=progress,
         )
 
@@ -228,6 +215,9 @@ def _print_result(request: CompileRequest, report: dict[str, Any], *, saved: boo
         "parameters and scales",
         f"{human_bytes(size['fp16'])} in fp16 -> {human_bytes(size['stored'])} ({ratio:.2f}x)",
     )
+    made = report["calibration"]["synthesis"]
+    how = f", made in {made['iterations']} iterations" if made is not None else ""
+    table.add_row("calibration", report["calibration"]["description"] + how)
     snr = report["logits_snr_db"]
     shown = "no difference" if snr is None else f"{snr:.2f} dB"
     table.add_row("SNR of the logits", f"{shown} on {report['snr_data']}")
@@ -239,7 +229,7 @@ def _print_result(request: CompileRequest, report: dict[str, Any], *, saved: boo
         )
     for label, reason in _references(report["kernels"]):
         table.add_row(label, reason)
-    for note in report["notes"]:
+    for note in [*report["calibration"]["notes"], *report["notes"]]:
         table.add_row("note", note)
     table.add_row("time", f"{sum(report['seconds'].values()):.1f} s")
     print_table(table)

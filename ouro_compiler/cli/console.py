@@ -45,9 +45,10 @@ def progress_bars(quiet: bool) -> Iterator[Progress | None]:
     tasks: dict[str, Any] = {}
 
     def update(stage: str, done: int, total: int) -> None:
-        if stage not in tasks:
-            tasks[stage] = bars.add_task(stage, total=total)
-        bars.update(tasks[stage], completed=done)
+        name = stage.partition(": loss ")[0]  # the loss changes, the bar is one
+        if name not in tasks:
+            tasks[name] = bars.add_task(stage, total=total)
+        bars.update(tasks[name], description=stage, completed=done)
 
     with bars:
         yield update

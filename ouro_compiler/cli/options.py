@@ -31,6 +31,21 @@ class InlierScale(str, Enum):
     per_tensor = "per-tensor"
 
 
+class Features(str, Enum):
+    """--features"""
+
+    yp = "yp"
+    alpha = "alpha"
+
+
+class OutputLoss(str, Enum):
+    """--output-loss"""
+
+    ce = "ce"
+    mae = "mae"
+    none = "none"
+
+
 class TargetName(str, Enum):
     """--target"""
 
@@ -67,9 +82,28 @@ Output = Annotated[
 ]
 Calibration = Annotated[
     str | None,
-    typer.Option(help="folder of images, .npz or .safetensors of arrays, or 'noise'"),
+    typer.Option(
+        help="folder of images, .npz or .safetensors of arrays, 'noise', or 'synthetic' (made from "
+        "the model, the default)"
+    ),
 ]
 Images = Annotated[int, typer.Option(min=1, help="calibration images at most")]
+Iterations = Annotated[
+    int | None,
+    typer.Option(min=1, help="of synthetic images: steps (1000 on a GPU, 50 or 100 on a CPU)"),
+]
+NoCache = Annotated[
+    bool, typer.Option("--no-cache", help="make synthetic images anew, and keep none")
+]
+FeaturesOption = Annotated[
+    Features, typer.Option(help="patches are compared by outputs, or by implicit attention")
+]
+OutputLossOption = Annotated[
+    OutputLoss, typer.Option(help="what random labels are wanted by: cross-entropy, MAE, nothing")
+]
+SynthesisBatch = Annotated[
+    int | None, typer.Option(min=1, help="images at a time (as memory allows, at most 32)")
+]
 SsmOption = Annotated[Ssm, typer.Option(help="operands of the scans to quantize")]
 OutliersOption = Annotated[Outliers, typer.Option(help="how outliers are found")]
 InlierScaleOption = Annotated[
@@ -97,7 +131,7 @@ Strict = Annotated[
 ]
 Report = Annotated[Path | None, typer.Option(help="write the report as JSON")]
 BatchSize = Annotated[int, typer.Option(min=1, help="images at a time")]
-Seed = Annotated[int, typer.Option(help="of noise and of choosing images")]
+Seed = Annotated[int, typer.Option(help="of noise, of choosing and of synthesising images")]
 AllowPickle = Annotated[
     bool, typer.Option("--allow-pickle", help="unpickle MODEL: it can run any code")
 ]

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def cache_directory(kind: str) -> Path:
-    """A folder for code of one kind ("triton", "cpp"); made private.
+    """A folder for what is generated of one kind ("triton", "cpp", "synthetic"); made private.
 
     It is in $OURO_CACHE_DIR, else in ouro_compiler in the user's cache.
 
@@ -39,7 +39,7 @@ def cache_directory(kind: str) -> Path:
         found = path.lstat()
     except OSError as error:
         raise CacheError(
-            f"cannot use {path} for generated kernels ({error.strerror}): "
+            f"cannot use {path} as a cache ({error.strerror}): "
             "set OURO_CACHE_DIR to a private directory"
         ) from error
     if not stat.S_ISDIR(found.st_mode):
@@ -51,7 +51,7 @@ def cache_directory(kind: str) -> Path:
     else:
         return path
     raise CacheError(
-        f"{path} {problem}: generated code is not kept there; "
+        f"{path} {problem}: what is generated is not kept there; "
         "set OURO_CACHE_DIR to a private directory"
     )
 
