@@ -8,7 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from ouro_compiler.calibration.synthesis.contrastive import candidates, contrastive_loss
+from ouro_compiler.calibration.synthesis.contrastive import (
+    candidates,
+    contrastive_loss,
+    similarities,
+)
 from ouro_compiler.calibration.synthesis.positions import Grid
 from tests.helpers import generator
 from tests.synthesis.scans import raster
@@ -76,6 +80,14 @@ def test_gradients_reach_the_features_and_zero_features_are_finite() -> None:
     assert features.grad is not None
     assert bool(torch.isfinite(features.grad).all())
     assert float(features.grad.abs().max()) > 0
+
+
+def test_gradients_of_similarities_are_right() -> None:
+    grid = raster(3, 4)
+    features = torch.randn(2, 12, 3, generator=generator(5), dtype=torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda x: similarities(x, grid, 3), features.requires_grad_(), atol=1e-7
+    )
 
 
 def test_windows_are_averaged_an_image() -> None:

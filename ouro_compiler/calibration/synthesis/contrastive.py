@@ -2,36 +2,69 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ouro_compiler.calibration.synthesis.positions import Grid
 
 
 def candidates(present: Tensor, grid: Grid, patch: int) -> Tensor:
     """(B, P, patch^2 - 1) bool: which neighbours of each patch exist."""
-    around = _shifted(present.unflatten(1, (grid.height, grid.width))[..., None], patch)
-    there = torch.stack([one[..., 0].flatten(1) for one in around], -1)
-    return there & present[..., None]
+    padded = _padded(present.unflatten(1, (grid.height, grid.width))[..., None], patch)
+    around = [padded[window][..., 0].flatten(1) for window in _windows(grid, patch)]
+    return torch.stack(around, -1) & present[..., None]
 
 
 def similarities(features: Tensor, grid: Grid, patch: int) -> Tensor:
     """(B, P, F) -> (B, P, patch^2 - 1): cosines of each patch with those around it."""
     unit = F.normalize(features, dim=-1).unflatten(1, (grid.height, grid.width))
-    around = _shifted(unit, patch)
-    return torch.stack([(unit * one).sum(-1).flatten(1) for one in around], -1)
+    found: Tensor = _ProductsAround.apply(unit, grid, patch)
+    return found.flatten(1, 2)
 
 
-def _shifted(maps: Tensor, patch: int) -> list[Tensor]:
-    """Maps (B, H, W, F) as seen from each cell: the neighbours in one direction, 0 outside."""
-    reach, (height, width) = patch // 2, maps.shape[1:3]
-    padded = F.pad(maps, (0, 0, reach, reach, reach, reach))
+class _ProductsAround(torch.autograd.Function):
+    """(B, H, W, F) -> (B, H, W, K): products with the neighbours in each direction.
+
+    By itself autograd would fill a map of zeros for every direction.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, unit: Tensor, grid: Grid, patch: int) -> Tensor:
+        ctx.save_for_backward(unit)
+        ctx.windows, ctx.patch = _windows(grid, patch), patch
+        padded = _padded(unit, patch)
+        return torch.stack([(unit * padded[window]).sum(-1) for window in ctx.windows], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (unit,) = ctx.saved_tensors
+        padded, reach = _padded(unit, ctx.patch), ctx.patch // 2
+        total = torch.zeros_like(padded)
+        inside = total[:, reach : reach + unit.shape[1], reach : reach + unit.shape[2]]
+        for window, part in zip(ctx.windows, grad.unbind(-1), strict=True):
+            total[window].addcmul_(part[..., None], unit)
+            inside.addcmul_(part[..., None], padded[window])
+        return inside, None, None
+
+
+def _padded(maps: Tensor, patch: int) -> Tensor:
+    """Maps (B, H, W, F) with the zeros around them that neighbourhoods reach into."""
+    reach = patch // 2
+    return F.pad(maps, (0, 0, reach, reach, reach, reach))
+
+
+def _windows(grid: Grid, patch: int) -> list[tuple[slice, slice, slice]]:
+    """Where the neighbours in each direction lie in padded maps."""
     return [
-        padded[:, y : y + height, x : x + width]
+        (slice(None), slice(y, y + grid.height), slice(x, x + grid.width))
         for y in range(patch)
         for x in range(patch)
-        if (y, x) != (reach, reach)
+        if (y, x) != (patch // 2, patch // 2)
     ]
 
 
