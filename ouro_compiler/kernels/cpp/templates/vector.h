@@ -19,6 +19,7 @@ constexpr int LANES = 4;
 
 typedef float vec __attribute__((vector_size(LANES * 4)));
 typedef int32_t ivec __attribute__((vector_size(LANES * 4)));
+typedef uint32_t uvec __attribute__((vector_size(LANES * 4)));  // sums of bits may wrap around
 
 // a * b + c, rounded once.
 static inline vec fma(vec a, vec b, vec c) {
@@ -130,7 +131,7 @@ template <int N> static inline void scaled_exp2(const vec* f, const vec* shifted
     OURO_EACH p[n] = fma(p[n], f[n], all(2.4022242e-1f));
     OURO_EACH p[n] = fma(p[n], f[n], all(6.9314698e-1f));
     OURO_EACH p[n] = fma(p[n], f[n], all(1.f));
-    OURO_EACH p[n] = (vec)((ivec)p[n] + ((ivec)shifted[n] << 23));
+    OURO_EACH p[n] = (vec)((uvec)p[n] + ((uvec)shifted[n] << 23));
 }
 
 // x = 2^x for -126 <= x < 128. Beyond: see exp2.
