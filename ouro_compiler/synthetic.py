@@ -49,7 +49,10 @@ def synthetic_images(
     """
     try:
         synthesizer = Synthesizer(
-            _apart(gm), preprocessing_for(shape, preprocessing), spec, device=device
+            detached_copy(gm, torch.device(device)),
+            preprocessing_for(shape, preprocessing),
+            spec,
+            device=device,
         )
     except UsageError as error:
         raise UnsynthesizableError(str(error)) from error
@@ -87,8 +90,8 @@ def calibration_row(images: Images) -> CalibrationRow:
     return row
 
 
-def _apart(gm: fx.GraphModule) -> fx.GraphModule:
-    """The same graph on the same constants, as buffers: free to move to another device."""
+def detached_copy(gm: fx.GraphModule, device: torch.device) -> fx.GraphModule:
+    """The same graph on the same constants, as buffers, which makes its own tensors on `device`."""
     constants: dict[str, Tensor] = {}
     nodes = {str(node.target): node for node in gm.graph.nodes if node.op == "get_attr"}
     for name in constant_names(gm):
@@ -98,6 +101,9 @@ def _apart(gm: fx.GraphModule) -> fx.GraphModule:
     graph = fx.Graph()
     graph.output(graph.graph_copy(gm.graph, {}))
     graph.set_codegen(gm.graph._codegen)  # what makes one tensor of a tuple
+    for node in graph.nodes:
+        if node.kwargs.get("device") is not None:
+            node.kwargs = {**node.kwargs, "device": device}
     return fx.GraphModule(constants, graph)
 
 

@@ -1,7 +1,8 @@
 """The loop of OuroMamba-Gen: noise, losses, Adam, until the images excite the model (METHODS 5.2).
 
-An image depends on the model, the spec and its own number alone: losses are sums over images, what
-is random is drawn from the seed and that number (jitter and flips: and the iteration).
+An image depends on the model, the spec and its own number: losses are sums over images, what is
+random is drawn from the seed and that number (jitter and flips: and the iteration). The others of
+its batch change no more than last bits, by how products of that size are added up.
 """
 
 from __future__ import annotations
