@@ -178,6 +178,16 @@ def test_an_exported_program(labelled: Cli) -> None:
     assert (result.code, "one batch size" in result.err) == (3, True)
 
 
+def test_a_function(labelled: Cli) -> None:
+    options = ("--model-arg", "depth=1", "--checkpoint", "vim.safetensors")
+    found = evaluated(
+        labelled, "ouro_compiler.models.vim:vim_micro", *options, "--data", "some.npz"
+    )
+    expected = evaluated(labelled, "vim.safetensors", "--data", "some.npz")
+    assert found["model"]["kind"] == "floating point"
+    assert found["model"]["correct"] == expected["model"]["correct"]
+
+
 def test_two_processes_count_what_one_counts(labelled: Cli) -> None:
     state = {name: tensor.clone() for name, tensor in small_vim(2).state_dict().items()}
     save_file(state, "other.safetensors")
