@@ -26,30 +26,36 @@ _LONGEST = 8  # how often the short side fits into the long one, at most, when r
 
 
 class ImageData(ABC):
-    """A fixed sequence of images. labels: (len,) int64 or None. description: without a path."""
+    """A fixed sequence of images. labels: (len,) int64 or None. description: without a path.
+
+    class_names: of class folders, by label.
+    """
 
     labels: Tensor | None
     description: str
+    class_names: tuple[str, ...] | None = None
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
-    def _images(self) -> Iterator[Tensor]:
-        """Every image, (C, H, W) fp32, in the same order each time."""
+    def _images(self, numbers: Sequence[int]) -> Iterator[Tensor]:
+        """The images of these ascending numbers, (C, H, W) fp32, the same each time."""
 
-    def batches(self, size: int) -> Iterator[Tensor]:
+    def batches(self, size: int, *, first: int = 0, step: int = 1) -> Iterator[Tensor]:
         """All images, in the same order each time, as (size, C, H, W) fp32; the last may be short.
 
+        first, step: of these batches only number first, first + step, ...; the others are not read.
         One batch is in memory at a time (arrays of a file are there as a whole). Raises UsageError
         for size < 1 and, as batches are read, for an image file that cannot be decoded.
         """
         if size < 1:
             raise UsageError(f"a batch needs at least 1 image, got {size}")
-        return self._batches(size)
+        starts = range(first * size, len(self), step * size)
+        return self._batches(size, [i for at in starts for i in range(at, at + size)])
 
-    def _batches(self, size: int) -> Iterator[Tensor]:
-        images = self._images()
+    def _batches(self, size: int, numbers: Sequence[int]) -> Iterator[Tensor]:
+        images = self._images([number for number in numbers if number < len(self)])
         while batch := list(islice(images, size)):
             yield torch.stack(batch)
 
@@ -102,10 +108,13 @@ class _Noise(ImageData):
     def __len__(self) -> int:
         return self._count
 
-    def _images(self) -> Iterator[Tensor]:
+    def _images(self, numbers: Sequence[int]) -> Iterator[Tensor]:
         generator = torch.Generator().manual_seed(self._seed)
-        for _ in range(self._count):
-            yield torch.randn(self._shape, generator=generator)
+        wanted = set(numbers)
+        for number in range(self._count):
+            image = torch.randn(self._shape, generator=generator)
+            if number in wanted:
+                yield image
 
 
 # Arrays
@@ -137,8 +146,9 @@ class _Arrays(ImageData):
     def __len__(self) -> int:
         return self._array.shape[0]
 
-    def _images(self) -> Iterator[Tensor]:
-        yield from self._array
+    def _images(self, numbers: Sequence[int]) -> Iterator[Tensor]:
+        for number in numbers:
+            yield self._array[number]
 
 
 def _check_images(path: Path, images: Tensor, preprocessing: Preprocessing) -> None:
@@ -208,7 +218,7 @@ class _Folder(ImageData):
         self, folder: Path, preprocessing: Preprocessing, limit: int | None, seed: int
     ) -> None:
         try:
-            files, labels = _list_folder(folder)
+            files, labels, names = _list_folder(folder)
         except OSError as error:
             raise UsageError(f"{folder} cannot be listed: {error.strerror}") from error
         if not files:
@@ -220,29 +230,31 @@ class _Folder(ImageData):
             labels = labels and [labels[index] for index in kept]
         self._files, self._preprocessing = files, preprocessing
         self.labels = torch.tensor(labels, dtype=torch.int64) if labels else None
+        self.class_names = tuple(names) if labels else None
         self.description = f"{_counted(len(self))} of {_name(folder)}"
 
     def __len__(self) -> int:
         return len(self._files)
 
-    def _images(self) -> Iterator[Tensor]:
-        for file in self._files:
-            yield _decode(file, self._preprocessing)
+    def _images(self, numbers: Sequence[int]) -> Iterator[Tensor]:
+        for number in numbers:
+            yield _decode(self._files[number], self._preprocessing)
 
 
-def _list_folder(folder: Path) -> tuple[list[Path], list[int] | None]:
-    """Image files in sorted order, and the class of each unless the folder is flat."""
+def _list_folder(folder: Path) -> tuple[list[Path], list[int] | None, list[str]]:
+    """Image files in sorted order, the class of each unless the folder is flat, class names."""
     entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
     flat = [entry for entry in entries if _is_image(entry)]
     files: list[Path] = []
     labels: list[int] = []
-    for label, class_folder in enumerate(entry for entry in entries if entry.is_dir()):
+    classes = [entry for entry in entries if entry.is_dir()]
+    for label, class_folder in enumerate(classes):
         found = _images_below(class_folder)
         files += found
         labels += [label] * len(found)
     if flat and files:
         raise UsageError(f"{folder} holds images both beside and inside its sub-folders: use one")
-    return (flat, None) if flat else (files, labels)
+    return (flat, None, []) if flat else (files, labels, [entry.name for entry in classes])
 
 
 def _images_below(folder: Path) -> list[Path]:

@@ -20,9 +20,14 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
 
 def snr_db(reference: Tensor, measured: Tensor) -> float:
     """10 log10 of signal power over error power, in decibels; infinite for equal tensors."""
-    signal = reference.double().square().sum()
-    noise = (measured.double() - reference.double()).square().sum()
+    signal, noise = powers(reference, measured)
     return float(10 * torch.log10(signal / noise))
+
+
+def powers(reference: Tensor, measured: Tensor) -> Tensor:
+    """(2,) fp64: the sums of squares of the reference, and of the error of what was measured."""
+    error = measured.double() - reference.double()
+    return torch.stack((reference.double().square().sum(), error.square().sum()))
 
 
 def run_batches(

@@ -34,6 +34,7 @@ ALLOWED = {
     "lowering": SHARED | {"runtime", "kernels"},
     "frontend": LEAVES | {"ops", "graph", "models", "archive"},
     "evaluation": SHARED | {"data"},
+    "scoring": {"errors", "data", "evaluation"},
     "inspection": SHARED | {"data", "evaluation"},
     "compiler": SHARED
     | {"data", "models", "calibration", "passes", "recipes", "sizes", "runtime", "lowering"}

@@ -1,4 +1,4 @@
-"""The command line: `ouro-compile MODEL --w4a4 ...` and `ouro {compile, generate, inspect}`.
+"""The command line: `ouro-compile MODEL --w4a4 ...` and `ouro {compile, generate, eval, inspect}`.
 
 Progress goes to stderr, results to stdout. Exit codes are those of `ouro_compiler.errors`.
 """
@@ -159,6 +159,54 @@ def generate_command(
     )
 
 
+def eval_command(
+    model: Annotated[str, typer.Argument(help="an artefact, or a model as for compile")],
+    data: Annotated[
+        str, typer.Option(help="class folders, or .npz or .safetensors of images and labels")
+    ],
+    against: Annotated[
+        str | None, typer.Option(help="an artefact or a model to compare predictions with")
+    ] = None,
+    images: Annotated[int | None, typer.Option(min=1, help="how many at most (all)")] = None,
+    batch_size: options.BatchSize = 32,
+    device: Annotated[options.TargetName, typer.Option(help="where")] = options.TargetName.cpu,
+    json: Annotated[Path | None, typer.Option(help="write the result, every class too")] = None,
+    seed: Annotated[int, typer.Option(help="of choosing --images among those of folders")] = 0,
+    arch: options.Arch = None,
+    ema: options.Ema = False,
+    model_arg: options.ModelArg = None,
+    checkpoint: options.Checkpoint = None,
+    input_shape: options.InputShape = None,
+    allow_pickle: options.AllowPickle = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Measure accuracy and speed on labelled images. torchrun shares the work among processes."""
+    from ouro_compiler.cli.evaluate import EvalRequest, run
+    from ouro_compiler.cli.source import ModelSource
+
+    run(
+        EvalRequest(
+            source=ModelSource(
+                name=model,
+                arch=arch,
+                ema=ema,
+                arguments=tuple(model_arg or ()),
+                checkpoint=checkpoint,
+                input_shape=input_shape,
+                allow_pickle=allow_pickle,
+            ),
+            data=data,
+            against=against,
+            images=images,
+            batch_size=batch_size,
+            device=device.value,
+            json=json,
+            seed=seed,
+            quiet=quiet,
+        )
+    )
+
+
 def inspect_command(
     model: Annotated[str, typer.Argument(help="an artefact, or a model as for compile")],
     format: Annotated[
@@ -238,4 +286,11 @@ def compile_main() -> None:
 
 def main() -> None:
     """`ouro`"""
-    _run(_app(compile=compile_command, generate=generate_command, inspect=inspect_command))
+    _run(
+        _app(
+            compile=compile_command,
+            generate=generate_command,
+            eval=eval_command,
+            inspect=inspect_command,
+        )
+    )

@@ -47,16 +47,21 @@ def calibration_images(
     return open_images(source, preprocessing, limit=count, seed=seed)
 
 
-def labelled_images(source: str | None, preprocessing: Preprocessing) -> ImageData | None:
-    """What --verify names. Raises UsageError where there are no labels."""
+def labelled_images(
+    source: str,
+    preprocessing: Preprocessing,
+    *,
+    option: str = "--verify",
+    limit: int | None = None,
+    seed: int = 0,
+) -> ImageData:
+    """What an option names. Raises UsageError where there are no labels."""
     from ouro_compiler.data import open_images
 
-    if source is None:
-        return None
-    images = open_images(source, preprocessing)
+    images = open_images(source, preprocessing, limit=limit, seed=seed)
     if images.labels is None:
         raise UsageError(
-            f"--verify {source}: no labels there; use class folders or a 'labels' array"
+            f"{option} {source}: no labels there; use class folders or a 'labels' array"
         )
     return images
 

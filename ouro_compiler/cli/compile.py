@@ -87,7 +87,9 @@ def run(request: CompileRequest) -> None:
         iterations=request.iterations,
         seed=request.seed,
     )
-    verify = labelled_images(request.verify, loaded.preprocessing)
+    verify = (
+        None if request.verify is None else labelled_images(request.verify, loaded.preprocessing)
+    )
     compiled = _compile(request, loaded, calibration, verify)
     report = {**compiled.report, "seconds": compiled.seconds}
     failure = _verdict(request, report)

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 from ouro_compiler.errors import UsageError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ouro_compiler.calibration.synthesis.workers import Workers
 
 _PATIENCE = timedelta(days=7)  # the last process may have a batch more to make than the others
@@ -25,8 +27,8 @@ def is_first() -> bool:
 def process_group() -> Iterator[Workers]:
     """The processes of this command, joined while they work; one where torchrun started none.
 
-    Only finished images travel between them, from main memory, so the group is gloo's on every
-    device. Raises UsageError if the environment is not torchrun's.
+    Only finished images and counts travel between them, from main memory, so the group is gloo's on
+    every device. Raises UsageError if the environment is not torchrun's.
     """
     from ouro_compiler.calibration.synthesis.workers import Workers
 
@@ -46,6 +48,21 @@ def process_group() -> Iterator[Workers]:
         yield Workers(dist.get_rank(), dist.get_world_size())
     finally:
         dist.destroy_process_group()
+
+
+def add_up(value: Tensor, workers: Workers, *, largest: bool = False) -> Tensor:
+    """A tensor summed over the processes, in place, or the largest of each element.
+
+    Raises UsageError where another process has stopped.
+    """
+    if workers.count > 1:
+        import torch.distributed as dist
+
+        try:
+            dist.all_reduce(value, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
+        except RuntimeError as error:
+            raise UsageError("another process stopped early: its own message says why") from error
+    return value
 
 
 def device_of_process(name: str) -> str:
