@@ -4,7 +4,7 @@
         [--filter REGEX] [--json FILE]
     python -m benchmarks.synthesis_table FILE
 
-Rows "calibration/MODEL/PRESET/OUTLIERS": the digits models calibrated on 128 real, synthetic or
+Rows "calibration/MODEL/PRESET/OUTLIERS/SOURCE": the digits models calibrated on 128 real, synthetic or
 noise images, accuracy and SNR of the logits on the 1,000 held-out ones. "ablation/MODEL/...":
 losses left out or changed. "speed/MODEL": seconds an iteration and the process's peak memory, each
 in a process of its own. --filter is searched in these names. Real images are drawn anew for each
@@ -20,7 +20,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -56,7 +56,7 @@ ABLATION = {
     "contrastive only": SynthesisSpec(output_loss="none"),
     "both, mae": SynthesisSpec(output_loss="mae"),
     "both, uniform weights": SynthesisSpec(hidden="uniform"),
-    "both, no variation loss": SynthesisSpec(variation_weight=0.0),
+    "both, variation loss": SynthesisSpec(variation_weight=0.28),
     "both, alpha": SynthesisSpec(features="alpha"),
 }
 SPEED = {  # (images of a batch, steps that are timed)
@@ -104,30 +104,19 @@ class _Study:
 
     def calibrations(self, seed: int, pattern: str) -> Iterator[Row]:
         """Real, synthetic and noise images at every setting."""
-        settings = [
-            (preset, outliers, f"calibration/{self.name}/{preset}/{outliers}")
-            for preset, outliers in SETTINGS
-        ]
-        settings = [one for one in settings if re.search(pattern, one[2])]
-        if not settings:
-            return
-        made, seconds = self.synthetic(SynthesisSpec(seed=seed))
-        sources: dict[str, Images] = {
-            "real": TensorImages(real_images(seed)),
-            "synthetic": TensorImages(made),
-            "noise": noise_images(self.loaded.preprocessing, COUNT, seed),
+        sources: dict[str, Callable[[], Images]] = {
+            "real": lambda: TensorImages(real_images(seed)),
+            "synthetic": lambda: TensorImages(self.synthetic(SynthesisSpec(seed=seed))),
+            "noise": lambda: noise_images(self.loaded.preprocessing, COUNT, seed),
         }
-        for preset, outliers, row in settings:
-            for source, images in sources.items():
-                measured = self.measure(images, preset, outliers)
-                yield {
-                    "kind": "calibration",
-                    "row": row,
-                    "source": source,
-                    "seed": seed,
-                    "seconds": seconds if source == "synthetic" else None,
-                    **measured,
-                }
+        for source, make in sources.items():
+            images = lru_cache(maxsize=1)(make)
+            for preset, outliers in SETTINGS:
+                row = f"calibration/{self.name}/{preset}/{outliers}"
+                if re.search(pattern, f"{row}/{source}"):
+                    measured = self.measure(images(), preset, outliers)
+                    about = {"kind": "calibration", "row": row, "source": source, "seed": seed}
+                    yield {**about, **measured}
 
     def ablation(self, seed: int, pattern: str) -> Iterator[Row]:
         """Losses left out or changed."""
@@ -135,23 +124,14 @@ class _Study:
             row = f"ablation/{self.name}/{variant}"
             if not re.search(pattern, row):
                 continue
-            made, seconds = self.synthetic(dataclasses.replace(spec, seed=seed))
+            made = TensorImages(self.synthetic(dataclasses.replace(spec, seed=seed)))
             for preset, outliers in ABLATED:
-                measured = self.measure(TensorImages(made), preset, outliers)
-                yield {
-                    "kind": "ablation",
-                    "row": row,
-                    "setting": f"{preset} {outliers}",
-                    "seed": seed,
-                    "seconds": seconds,
-                    **measured,
-                }
+                about = {"kind": "ablation", "row": row, "setting": f"{preset} {outliers}"}
+                yield {**about, "seed": seed, **self.measure(made, preset, outliers)}
 
-    def synthetic(self, spec: SynthesisSpec) -> tuple[Tensor, float]:
-        """128 images, and the seconds that they took."""
-        start = time.perf_counter()
-        made = synthesize(synthesizer_of(self.loaded, spec))
-        return made.images, round(time.perf_counter() - start, 1)
+    def synthetic(self, spec: SynthesisSpec) -> Tensor:
+        """128 images."""
+        return synthesize(synthesizer_of(self.loaded, spec)).images
 
     def measure(self, images: Images, preset: str, outliers: str) -> Row:
         """Accuracy (%) and SNR (dB) on the held-out images."""

@@ -160,7 +160,8 @@ class Preprocessing:
 class SynthesisSpec:
     """How calibration images are made from a model (METHODS 5.2).
 
-    iterations, batch_size: None lets the size of the images and of the model decide.
+    iterations, batch_size, variation_weight: None lets the size of the images and of the model
+    decide.
     features: what patches are compared by: `alpha` (implicit attention, of `alpha_channels`
     channels of each scan, drawn anew each iteration) or `yp` (outputs).
     hidden: weights of the states averaged over a neighbourhood: Delta, summing to 1 (normalised) or
@@ -180,7 +181,7 @@ class SynthesisSpec:
     contrastive_weight: float = 1.0
     output_loss: OutputLossName = "ce"
     output_weight: float = 1.0
-    variation_weight: float = 0.28
+    variation_weight: float | None = None
     jitter: float = 15.0
     flip: bool = True
     learning_rate: float = 0.2
@@ -202,7 +203,7 @@ class SynthesisSpec:
                 options = ", ".join(typing.get_args(allowed))
                 raise UsageError(f"{name} must be one of {options}, got {getattr(self, name)!r}")
         for name in ("contrastive_weight", "output_weight", "variation_weight", "jitter"):
-            if not 0 <= getattr(self, name) < float("inf"):
+            if not 0 <= (getattr(self, name) or 0) < float("inf"):
                 raise UsageError(f"{name} must be a number of at least 0")
         if not 0 < self.temperature < float("inf") or not 0 < self.learning_rate < float("inf"):
             raise UsageError("temperature and learning_rate of synthesis must be above 0")
