@@ -122,7 +122,10 @@ def test_compile_default_in_python(monkeypatch: pytest.MonkeyPatch) -> None:
         model.requires_grad_(False)
     assert asked
     assert compiled.report["calibration"]["description"] == "3 synthetic images"
-    assert compiled.report["calibration"]["synthesis"] == {**TINY.to_dict()}
+    assert compiled.report["calibration"]["synthesis"] == {
+        **TINY.to_dict(),
+        "variation_weight": 0.0,
+    }
     assert compiled.manifest["report"].get("seconds") is None
     assert compiled(images(2)).shape == (2, 10)
 
