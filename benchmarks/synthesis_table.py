@@ -33,14 +33,24 @@ def ablation_table(rows: Sequence[Row]) -> list[str]:
     """The same by variant of the losses and setting."""
     settings = _in_order(rows, lambda row: row["setting"])
     lines = [
-        "| images | seeds | " + " | ".join(settings) + " |",
-        "|---|---|" + "---|" * len(settings),
+        "| model | losses | seeds | " + " | ".join(settings) + " |",
+        "|---|---|---|" + "---|" * len(settings),
     ]
     for name in _in_order(rows, lambda row: row["row"]):
         own = [row for row in rows if row["row"] == name]
         cells = [_cell([row for row in own if row["setting"] == one]) for one in settings]
         seeds = len({row["seed"] for row in own})
-        lines.append(f"| {name.split('/', 2)[2]} | {seeds} | {' | '.join(cells)} |")
+        _, model, variant = name.split("/")
+        lines.append(f"| {model} | {variant} | {seeds} | {' | '.join(cells)} |")
+    return lines
+
+
+def scales_table(rows: Sequence[Row]) -> list[str]:
+    """Inlier scales over those of real images: quantiles over sites and time steps."""
+    lines = ["| model | images | 10 % | median | 90 % |", "|---|---|---|---|---|"]
+    for row in rows:
+        values = " | ".join(f"{row[key]:.2f}" for key in ("low", "median", "high"))
+        lines.append(f"| {row['row'].split('/')[1]} | {row['source']} | {values} |")
     return lines
 
 
@@ -75,7 +85,12 @@ def _spread(values: Sequence[float], key: str) -> str:
     return shown if len(values) == 1 else f"{shown} ± {stdev(values):.{digits}f}"
 
 
-TABLES = {"calibration": calibration_table, "ablation": ablation_table, "speed": speed_table}
+TABLES = {
+    "calibration": calibration_table,
+    "ablation": ablation_table,
+    "scales": scales_table,
+    "speed": speed_table,
+}
 
 
 def main() -> None:
