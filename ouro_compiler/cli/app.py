@@ -10,12 +10,15 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ouro_compiler.cli import options
 from ouro_compiler.errors import OuroError, UsageError
+
+if TYPE_CHECKING:
+    from ouro_compiler.cli.source import ModelSource
 
 EXIT_CODES = """\b
 Exit codes: 0 done; 2 usage or data; 3 the model is missing, unreadable or cannot be traced;
@@ -58,27 +61,16 @@ def compile_command(
 ) -> None:
     """Compile MODEL into a quantized artefact."""
     from ouro_compiler.cli.compile import CompileRequest, run
-    from ouro_compiler.cli.source import ModelSource
 
     chosen = [
         name for name, on in (("w4a4", w4a4), ("w4a8", w4a8), ("w6a6", w6a6), ("w8a8", w8a8)) if on
     ]
     if len(chosen) > 1:
         raise UsageError(f"choose one of --{' and --'.join(chosen)}")
-    if quiet and verbose:
-        raise UsageError("choose one of --quiet and --verbose")
-    _log_passes(verbose)
+    _log_passes(quiet, verbose)
     run(
         CompileRequest(
-            source=ModelSource(
-                name=model,
-                arch=arch,
-                ema=ema,
-                arguments=tuple(model_arg or ()),
-                checkpoint=checkpoint,
-                input_shape=input_shape,
-                allow_pickle=allow_pickle,
-            ),
+            source=_source(model, arch, ema, model_arg, checkpoint, input_shape, allow_pickle),
             preset=chosen[0] if chosen else "w4a4",
             output=output,
             calibration=calibration,
@@ -126,23 +118,12 @@ def generate_command(
 ) -> None:
     """Make calibration images from MODEL alone. torchrun shares the work among processes."""
     from ouro_compiler.cli.generate import GenerateRequest, run
-    from ouro_compiler.cli.source import ModelSource
     from ouro_compiler.config import SynthesisSpec
 
-    if quiet and verbose:
-        raise UsageError("choose one of --quiet and --verbose")
-    _log_passes(verbose)
+    _log_passes(quiet, verbose)
     run(
         GenerateRequest(
-            source=ModelSource(
-                name=model,
-                arch=arch,
-                ema=ema,
-                arguments=tuple(model_arg or ()),
-                checkpoint=checkpoint,
-                input_shape=input_shape,
-                allow_pickle=allow_pickle,
-            ),
+            source=_source(model, arch, ema, model_arg, checkpoint, input_shape, allow_pickle),
             output=output,
             spec=SynthesisSpec(
                 images=images,
@@ -182,19 +163,10 @@ def eval_command(
 ) -> None:
     """Measure accuracy and speed on labelled images. torchrun shares the work among processes."""
     from ouro_compiler.cli.evaluate import EvalRequest, run
-    from ouro_compiler.cli.source import ModelSource
 
     run(
         EvalRequest(
-            source=ModelSource(
-                name=model,
-                arch=arch,
-                ema=ema,
-                arguments=tuple(model_arg or ()),
-                checkpoint=checkpoint,
-                input_shape=input_shape,
-                allow_pickle=allow_pickle,
-            ),
+            source=_source(model, arch, ema, model_arg, checkpoint, input_shape, allow_pickle),
             data=data,
             against=against,
             images=images,
@@ -231,18 +203,9 @@ def inspect_command(
 ) -> None:
     """Show the graph of an artefact, or of a model after a pass: bits, kernels, outlier share."""
     from ouro_compiler.cli.inspect import run
-    from ouro_compiler.cli.source import ModelSource
 
     run(
-        ModelSource(
-            name=model,
-            arch=arch,
-            ema=ema,
-            arguments=tuple(model_arg or ()),
-            checkpoint=checkpoint,
-            input_shape=input_shape,
-            allow_pickle=allow_pickle,
-        ),
+        _source(model, arch, ema, model_arg, checkpoint, input_shape, allow_pickle),
         format=format.value,
         after=after,
         block=block,
@@ -251,7 +214,32 @@ def inspect_command(
     )
 
 
-def _log_passes(verbose: bool) -> None:
+def _source(
+    name: str,
+    arch: str | None,
+    ema: bool,
+    model_arg: list[str] | None,
+    checkpoint: Path | None,
+    input_shape: str | None,
+    allow_pickle: bool,
+) -> ModelSource:
+    """The options that say where a model comes from, the same for every command."""
+    from ouro_compiler.cli.source import ModelSource
+
+    return ModelSource(
+        name=name,
+        arch=arch,
+        ema=ema,
+        arguments=tuple(model_arg or ()),
+        checkpoint=checkpoint,
+        input_shape=input_shape,
+        allow_pickle=allow_pickle,
+    )
+
+
+def _log_passes(quiet: bool, verbose: bool) -> None:
+    if quiet and verbose:
+        raise UsageError("choose one of --quiet and --verbose")
     logger = logging.getLogger("ouro_compiler")
     logger.handlers = [logging.StreamHandler(sys.stderr)] if verbose else []
     logger.setLevel(logging.INFO if verbose else logging.WARNING)

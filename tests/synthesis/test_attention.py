@@ -73,7 +73,7 @@ def test_uniform_weights_average_plainly() -> None:
 def test_raw_weights_are_delta_itself() -> None:
     grid, scan = raster(3, 4), random_scan(12)
     w = patch_weights(scan.step, "raw")
-    rows = neighbour_weights(w, grid, 3, "raw")
+    rows = neighbour_weights(w, grid.around(3), "raw")
     assert rows.shape == (2, 12, 9)
     torch.testing.assert_close(rows[:, 5].sum(-1), w[:, [0, 1, 2, 4, 5, 6, 8, 9, 10]].sum(-1))
 

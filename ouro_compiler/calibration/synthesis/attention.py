@@ -16,6 +16,7 @@ from torch import Tensor
 from ouro_compiler.calibration.synthesis.positions import Grid
 from ouro_compiler.config import HiddenWeights
 from ouro_compiler.ops.activations import softplus
+from ouro_compiler.ops.selective_scan import per_channel
 
 _ELEMENTS = 1 << 25  # of one chunk of channels, at most: 128 MiB in fp32
 
@@ -76,12 +77,13 @@ class ScanOperands:
         )
 
 
-def neighbour_weights(w: Tensor, grid: Grid, patch: int, kind: HiddenWeights) -> Tensor:
-    """Weights (B, P, patch^2) of the tokens around each patch, from w (B, L) of each token.
+def neighbour_weights(w: Tensor, around: Tensor, kind: HiddenWeights) -> Tensor:
+    """Weights (B, P, K) of the tokens around each patch, from w (B, L) of each token.
 
-    They sum to 1, but for kind `raw`. No gradient flows through them.
+    around: (windows, P, K), of `Grid.around`. They sum to 1, but for kind `raw`. No gradient flows
+    through them.
     """
-    around = grid.around(patch).to(w.device).repeat(w.shape[0] // grid.windows, 1, 1)
+    around = around.repeat(w.shape[0] // len(around), 1, 1)
     rows = w.detach()[:, None].expand(-1, around.shape[1], -1)
     found = rows.gather(2, around.clamp(min=0)) * (around >= 0)
     return found if kind == "raw" else found / found.sum(2, keepdim=True).clamp(min=1e-20)
@@ -94,23 +96,25 @@ def patch_weights(step: Tensor, kind: HiddenWeights) -> Tensor:
 
 def averaging(w: Tensor, grid: Grid, patch: int, kind: HiddenWeights) -> Tensor:
     """`neighbour_weights` as a matrix (B, P, L): times a sequence, it averages neighbourhoods."""
-    around = grid.around(patch).to(w.device).repeat(w.shape[0] // grid.windows, 1, 1)
-    weights = neighbour_weights(w, grid, patch, kind)
-    matrix = w.new_zeros(*around.shape[:2], w.shape[1])
-    return matrix.scatter_add(2, around.clamp(min=0), weights)
+    around = grid.around(patch).to(w.device)
+    weights = neighbour_weights(w, around, kind)
+    matrix = w.new_zeros(*weights.shape[:2], w.shape[1])
+    tokens = around.clamp(min=0).repeat(len(weights) // len(around), 1, 1)
+    return matrix.scatter_add(2, tokens, weights)
 
 
 def patched_outputs(scan: ScanOperands, grid: Grid, patch: int, kind: HiddenWeights) -> Tensor:
     """y_p(tau) = C_tau . h_p(tau): (B * windows, P, E)."""
+    around = grid.around(patch).to(scan.u.device)
     return torch.ops.ouro.patched_scan(
         scan.u,
         scan.step,
         scan.A,
         scan.B,
         scan.C,
-        neighbour_weights(patch_weights(scan.step, kind), grid, patch, kind),
+        neighbour_weights(patch_weights(scan.step, kind), around, kind),
         grid.steps.to(scan.u.device),
-        grid.around(patch).to(scan.u.device),
+        around,
         scan.reverse,
     )
 
@@ -122,7 +126,7 @@ def implicit_attention(scan: ScanOperands) -> Tensor:
     running sum of Delta. For small L: memory is B * E * N * L * L.
     """
     response = _responses(scan)  # (B, e, N, k, j)
-    C = _per_channel(scan.C, scan.u.shape[1])
+    C = per_channel(scan.C, scan.u.shape[1])
     return torch.einsum("benkj,benk->bekj", response, C)
 
 
@@ -135,13 +139,8 @@ def _responses(scan: ScanOperands) -> Tensor:
     later = torch.ones_like(exponent[0, 0, 0], dtype=torch.bool)
     later = later.triu() if scan.reverse else later.tril()
     decay = exponent.masked_fill(~later, float("-inf")).exp()
-    entering = scan.step[:, :, None] * _per_channel(scan.B, scan.u.shape[1])
+    entering = scan.step[:, :, None] * per_channel(scan.B, scan.u.shape[1])
     return decay * entering[..., None, :]
-
-
-def _per_channel(matrix: Tensor, channels: int) -> Tensor:
-    """(B, G, N, L) -> (B, E, N, L)."""
-    return matrix.repeat_interleave(channels // matrix.shape[1], dim=1)
 
 
 def patched_attention(scan: ScanOperands, grid: Grid, patch: int, kind: HiddenWeights) -> Tensor:
@@ -149,7 +148,7 @@ def patched_attention(scan: ScanOperands, grid: Grid, patch: int, kind: HiddenWe
     channels = scan.u.shape[1]
     matrix = averaging(patch_weights(scan.step, kind), grid, patch, kind)
     averaged = torch.einsum("bpk,benkj->benpj", matrix, _responses(scan))
-    C = grid.gather(_per_channel(scan.C, channels).permute(0, 3, 1, 2))
+    C = grid.gather(per_channel(scan.C, channels).permute(0, 3, 1, 2))
     return torch.einsum("benpj,bpen->bepj", averaged, C)
 
 

@@ -81,10 +81,11 @@ class Synthesizer:
         for parameter in gm.parameters():
             parameter.requires_grad_(False)
         self.run = FeatureRunner(gm.to(self.device), self.layers, self.spec)
+        channels = list(zip(preprocessing.mean, preprocessing.std, strict=True))
         self._low, self._high = (
-            torch.tensor([(edge - m) / s for m, s in zip(*_pixels(preprocessing), strict=True)])
-            .view(-1, 1, 1)
-            .to(self.device)
+            torch.tensor([(edge - mean) / std for mean, std in channels], device=self.device).view(
+                -1, 1, 1
+            )
             for edge in (0.0, 1.0)
         )
 
@@ -191,10 +192,6 @@ def _adam(batch: Batch, grad: Tensor, rate: float, step: int) -> None:
     batch.images.sub_(size * first / scale)
 
 
-def _pixels(preprocessing: Preprocessing) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    return preprocessing.mean, preprocessing.std
-
-
 def _default_loss(gm: fx.GraphModule, spec: SynthesisSpec) -> OutputLoss:
     """Classification where the first output is logits (B, classes)."""
     (output,) = (node for node in gm.graph.nodes if node.op == "output")
@@ -211,17 +208,17 @@ def resolve(
     spec: SynthesisSpec, gm: fx.GraphModule, preprocessing: Preprocessing, device: torch.device
 ) -> SynthesisSpec:
     """Fill in what the size of the images and of the model decides."""
-    variation = spec.variation_weight
-    if variation is None:
+    weight = spec.variation_weight
+    if weight is None:
         # How much natural images vary is known at 224 pixels; digits vary twice as much.
-        variation = 0.0 if preprocessing.size <= _SMALL else 0.28
+        weight = 0.0 if preprocessing.size <= _SMALL else 0.28
     iterations = spec.iterations or default_iterations(preprocessing.size, device)
     batch = spec.batch_size or max(1, min(32, _BUDGET // max(1, _bytes_per_image(gm))))
     return replace(
         spec,
         iterations=iterations,
         batch_size=min(batch, spec.images),
-        variation_weight=variation,
+        variation_weight=weight,
     )
 
 
