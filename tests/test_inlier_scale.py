@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 import ouro_compiler as ouro
-from ouro_compiler.calibration.expand import expand_table
+from ouro_compiler.calibration.expand import expand
 from ouro_compiler.calibration.observers import THRESHOLD_MARGIN, SiteObserver
 from ouro_compiler.config import DynamicOutlierSpec, OutlierMode, QuantConfig
 from ouro_compiler.errors import UsageError
 from ouro_compiler.frontend.capture import export
-from ouro_compiler.graph import QParams
+from ouro_compiler.graph import Calibration, QParams
 from ouro_compiler.models.mambavision import MambaVisionConfig
 from ouro_compiler.models.vmamba import VMambaConfig
 from ouro_compiler.ops.quantize import inlier_interval
@@ -83,7 +83,9 @@ def test_an_unknown_granularity_is_refused() -> None:
 
 def test_a_table_of_other_sites_is_refused() -> None:
     with pytest.raises(UsageError, match=r"\(here is only in one of the two\)"):
-        expand_table({"here": QParams(scale=torch.ones(1), threshold=torch.ones(1))}, [])
+        expand(
+            Calibration(sites={"here": QParams(scale=torch.ones(1), threshold=torch.ones(1))}), []
+        )
 
 
 # --- compilation
