@@ -77,7 +77,7 @@ def test_the_threshold_is_the_median_of_the_steps() -> None:
 
 
 def test_an_unknown_granularity_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"per_time_step or per_tensor, got 'per_window'"):
+    with pytest.raises(UsageError, match=r"one of per_time_step, per_tensor, got 'per_window'"):
         DynamicOutlierSpec(inlier_scale="per_window")  # type: ignore[arg-type]
 
 
