@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ouro_compiler.calibration.calibrate import Progress, calibrate
-from ouro_compiler.calibration.expand import expand_table
+from ouro_compiler.calibration.calibrate import Progress
+from ouro_compiler.calibration.expand import expand
 from ouro_compiler.calibration.images import Images as Images
 from ouro_compiler.calibration.images import ResizedImages, image_of_other_resolution, shown
 from ouro_compiler.calibration.images import TensorImages as TensorImages
@@ -23,17 +23,15 @@ from ouro_compiler.frontend.capture import capture, export
 from ouro_compiler.lowering.lower import lower
 from ouro_compiler.passes import NORMALIZE, PIPELINE, QUANTIZE
 from ouro_compiler.passes.base import PassContext, pass_name, run_passes
-from ouro_compiler.recipes import ouromamba
+from ouro_compiler.recipes import find_recipe
+from ouro_compiler.recipes.planning import Plan
 from ouro_compiler.report import LayerRow, Report
 from ouro_compiler.runtime.artifact import build_manifest, checksum
 from ouro_compiler.runtime.compiled_model import CompiledModel
 from ouro_compiler.sizes import bytes_by_part
 from ouro_compiler.synthetic import calibration_row, synthesis_device, synthetic_images
 
-Captured = tuple[fx.GraphModule, ouromamba.Plan]  # normalised and planned, by `prepare`
-RECIPES: dict[str, Callable[[fx.GraphModule, QuantConfig], ouromamba.Plan]] = {
-    "ouromamba": ouromamba.plan,
-}
+Captured = tuple[fx.GraphModule, Plan]  # normalised and planned, by `prepare`
 
 
 def compile(
@@ -117,10 +115,12 @@ def _capture_for(
     images: Images,
     example: Tensor,
     config: QuantConfig,
-    plan: ouromamba.Plan,
+    plan: Plan,
 ) -> Captured | None:
     """The graph and plan to calibrate on images of another resolution than the example's."""
-    image = image_of_other_resolution(images, example.shape, config.activations.inlier_scale)
+    resizable = find_recipe(config.recipe).resizable
+    scale = config.activations.inlier_scale if resizable else "per_time_step"
+    image = image_of_other_resolution(images, example.shape, scale)
     if image is None:
         return None
     theirs, ours = shown(image.shape[2:]), shown(example.shape[2:])
@@ -135,18 +135,19 @@ def _capture_for(
     return gm, prepare(gm, config)
 
 
-def prepare(gm: fx.GraphModule, config: QuantConfig) -> ouromamba.Plan:
+def prepare(gm: fx.GraphModule, config: QuantConfig) -> Plan:
     """Normalise a captured graph in place, and plan what the recipe does with each layer."""
     context = PassContext(config=config)
     run_passes(gm, NORMALIZE, context)
-    plan = RECIPES[config.recipe](gm, config)
+    recipe = find_recipe(config.recipe)
+    plan = recipe.plan(gm, recipe.configure(config))
     plan.notes = context.notes
     return plan
 
 
 def quantize(
     gm: fx.GraphModule,
-    plan: ouromamba.Plan,
+    plan: Plan,
     example: Tensor,
     config: QuantConfig,
     report: Report,
@@ -167,6 +168,8 @@ def quantize(
     Raises UsageError for images that are not finite, RefusedLayerError under strict, and
     VerificationError for outputs that are not finite.
     """
+    recipe = find_recipe(config.recipe)
+    config = recipe.configure(config)
     before = bytes_by_part(gm, as_half=True)
     report.calibration = calibration_row(calibration)
     with timed(report, "reference"):
@@ -176,18 +179,14 @@ def quantize(
         logits = _run(gm, measured, batch_size, name, progress)
     with timed(report, "calibrate"):
         graph, found = calibrated or (gm, plan)
-        table = calibrate(
-            graph,
-            found.sites,
-            config.activations,
-            lambda: calibration.batches(batch_size),
-            len(calibration),
-            progress,
+        parameters = recipe.calibrate(
+            graph, found, config, calibration, batch_size=batch_size, progress=progress
         )
         if calibrated is not None:
-            table = expand_table(table, plan.sites)
+            parameters = expand(parameters, plan.sites)
     with timed(report, "quantize"):
-        run_passes(gm, QUANTIZE, PassContext(config=config, sites=plan.sites, table=table))
+        context = PassContext(config=config, sites=plan.sites, calibration=parameters)
+        run_passes(gm, QUANTIZE, context)
         report.layers = plan.rows
         report.kernels, notes = lower(gm, plan.rows, target)
         report.notes = [*plan.notes, *notes]
@@ -197,7 +196,7 @@ def quantize(
         _fill_bytes(report, before, bytes_by_part(gm))
     with timed(report, "measure"):
         counter = _measure(program, report, measured, logits, batch_size, progress)
-        report.sites = site_rows(plan.sites, table, config, counter.shares())
+        report.sites = site_rows(plan.sites, parameters.sites, config, counter.shares())
         report.snr_data = measured.description
     return program
 
@@ -236,12 +235,11 @@ def graph_after(
     gm = capture(model, example)
     run_passes(gm, chosen[: len(NORMALIZE)], PassContext(config=config))
     if len(chosen) > len(NORMALIZE):
-        plan = RECIPES[config.recipe](gm, config)
-        size = len(calibration)
-        table = calibrate(
-            gm, plan.sites, config.activations, lambda: calibration.batches(size), size
-        )
-        context = PassContext(config=config, sites=plan.sites, table=table)
+        recipe = find_recipe(config.recipe)
+        config = recipe.configure(config)
+        plan = recipe.plan(gm, config)
+        found = recipe.calibrate(gm, plan, config, calibration, batch_size=len(calibration))
+        context = PassContext(config=config, sites=plan.sites, calibration=found)
         run_passes(gm, chosen[len(NORMALIZE) :], context)
     return gm, wanted
 

@@ -10,10 +10,13 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeVar
 
 from ouro_compiler.errors import UsageError
+from ouro_compiler.recipe_specs import KsqSpec, Ptq4vmSpec, QmambaSpec, QuambaSpec
 
 SsmCoverage = Literal["none", "params"]
 OutlierMode = Literal["none", "static", "dynamic"]
 InlierScale = Literal["per_time_step", "per_tensor"]
+Threshold = Literal["static_t", "scalar", "dynamic_full", "dynamic_residual"]
+Trigger = Literal["gated", "always", "global_any"]
 Target = Literal["cpu", "cuda"]
 Features = Literal["alpha", "yp"]
 HiddenWeights = Literal["normalised", "raw", "uniform"]
@@ -40,6 +43,11 @@ class DynamicOutlierSpec:
 
     inlier_scale: one scale and threshold a time step, or one a site for all of them, which does not
     depend on the resolution of the images.
+    threshold: calibrated per time step (static_t), calibrated, one a site (scalar), or computed
+    from each token at run time, from all its channels (dynamic_full) or from the unlisted ones
+    (dynamic_residual). trigger: when channels may join a list: at steps where an unlisted one
+    leaves the inlier range (gated), at all steps (always), or whenever any sample's does
+    (global_any: not batch invariant, to reproduce a published release). METHODS 3.4.
     """
 
     inlier_bits: int = 4
@@ -47,6 +55,8 @@ class DynamicOutlierSpec:
     refresh_period: int = 10  # tokens between resets of the outlier list
     outliers: OutlierMode = "dynamic"
     inlier_scale: InlierScale = "per_time_step"
+    threshold: Threshold = "static_t"
+    trigger: Trigger = "gated"
     kappa: float = 3.0  # outliers exceed mean + kappa standard deviations of a token
     kappa_delta: float = 4.0  # the same for the scan's delta before softplus
 
@@ -58,12 +68,13 @@ class DynamicOutlierSpec:
             )
         if self.refresh_period < 1:
             raise UsageError(f"refresh_period must be at least 1, got {self.refresh_period}")
-        if self.outliers not in typing.get_args(OutlierMode):
-            raise UsageError(f"outliers must be none, static or dynamic, got {self.outliers!r}")
-        if self.inlier_scale not in typing.get_args(InlierScale):
-            raise UsageError(
-                f"inlier_scale must be per_time_step or per_tensor, got {self.inlier_scale!r}"
-            )
+        for name, allowed in (
+            ("outliers", OutlierMode),
+            ("inlier_scale", InlierScale),
+            ("threshold", Threshold),
+            ("trigger", Trigger),
+        ):
+            _check_choice(name, getattr(self, name), allowed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,15 +88,28 @@ class QuantConfig:
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
     seed: int = 0
+    ptq4vm: Ptq4vmSpec = field(default_factory=Ptq4vmSpec)
+    qmamba: QmambaSpec = field(default_factory=QmambaSpec)
+    ksq: KsqSpec = field(default_factory=KsqSpec)
+    quamba: QuambaSpec = field(default_factory=QuambaSpec)
 
     def __post_init__(self) -> None:
-        if self.ssm not in typing.get_args(SsmCoverage):
-            raise UsageError(f"ssm must be none or params, got {self.ssm!r}")
+        _check_choice("ssm", self.ssm, SsmCoverage)
 
     def selects(self, layer: str) -> bool:
         """Do `include` and `exclude` leave this layer in?"""
         included = any(fnmatchcase(layer, pattern) for pattern in self.include)
         return included and not any(fnmatchcase(layer, pattern) for pattern in self.exclude)
+
+    def with_setting(self, setting: str) -> QuantConfig:
+        """A copy with "name=value" applied; of a nested field "activations.trigger=always".
+
+        Raises UsageError for a name that is none and a value that does not fit.
+        """
+        name, equals, value = setting.partition("=")
+        if not equals:
+            raise UsageError(f"a setting is written name=value, got {setting!r}")
+        return _with(self, name.strip().split("."), value.strip(), name.strip())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
@@ -95,6 +119,44 @@ class QuantConfig:
     def from_dict(data: Mapping[str, Any]) -> QuantConfig:
         """Inverse of to_dict. Raises UsageError on unknown keys."""
         return _from_dict(QuantConfig, data)
+
+
+def _check_choice(name: str, value: Any, allowed: Any) -> None:
+    options = typing.get_args(allowed)
+    if value not in options:
+        raise UsageError(f"{name} must be one of {', '.join(options)}, got {value!r}")
+
+
+def _with(config: T, path: list[str], value: str, full: str) -> T:
+    hints = typing.get_type_hints(type(config))
+    if path[0] not in hints:
+        known = ", ".join(hints)
+        raise UsageError(f"there is no setting {full}: {type(config).__name__} has {known}")
+    before = getattr(config, path[0])
+    if dataclasses.is_dataclass(before):
+        if len(path) == 1:
+            inner = ", ".join(typing.get_type_hints(type(before)))
+            raise UsageError(f"{full} has parts of its own: set {full}.NAME, one of {inner}")
+        after: Any = _with(before, path[1:], value, full)
+    elif len(path) > 1:
+        raise UsageError(f"there is no setting {full}: {path[0]} is a single value")
+    else:
+        after = _parsed(type(before), value, full)
+    return dataclasses.replace(config, **{path[0]: after})  # type: ignore[type-var]
+
+
+def _parsed(kind: type, value: str, name: str) -> Any:
+    """A setting's text as the type that its field holds now."""
+    if kind is bool:
+        if value.lower() not in ("true", "false"):
+            raise UsageError(f"{name} must be true or false, got {value!r}")
+        return value.lower() == "true"
+    if kind is tuple:
+        return tuple(one for one in value.split(",") if one)
+    try:
+        return kind(value)
+    except ValueError:
+        raise UsageError(f"{name} must be of type {kind.__name__}, got {value!r}") from None
 
 
 def _from_dict(cls: type[T], data: Mapping[str, Any]) -> T:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,9 +21,15 @@ _SIZE_ARITHMETIC = frozenset(
 _OPS = frozenset({"placeholder", "get_attr", "call_function", "output"})
 
 
+OUTPUT = -1  # the index of a site that is a node's own result
+
+
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """A tensor to quantize: argument `index` of `node`, fed with (B, L, K) after `transpose`."""
+    """A tensor to quantize: argument `index` of `node`, fed with (B, L, K) after `transpose`.
+
+    With index OUTPUT it is what the node returns.
+    """
 
     name: str
     node: fx.Node
@@ -40,6 +46,8 @@ class Site:
     @property
     def source(self) -> fx.Node:
         """The node whose value is quantized."""
+        if self.index == OUTPUT:
+            return self.node
         found = self.node.args[self.index]
         assert isinstance(found, fx.Node)
         return found
@@ -50,16 +58,52 @@ class QParams:
     """Calibrated parameters of one site; vectors are (L,), indexed by token, fp32.
 
     zero_point is None for symmetric sites; channels (int64) is the fixed list of `static` outliers,
-    else None. threshold is infinite where nothing may be an outlier.
+    else None. threshold is infinite where nothing may be an outlier. smooth (K,): what channels are
+    divided by first, None for nothing.
     """
 
     scale: Tensor
     threshold: Tensor
     zero_point: Tensor | None = None
     channels: Tensor | None = None
+    smooth: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class UniformParams:
+    """A plain uniform quantizer, simulated by `ouro::fake_quantize`.
+
+    scale, and zero_point where it is asymmetric, broadcast against (B, L, K): (1,), (L, 1) or (K,).
+    smooth (K,): what channels are divided by first.
+    """
+
+    scale: Tensor
+    zero_point: Tensor | None = None
+    smooth: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class QWeight:
+    """A weight's int8 codes (O, K), scales (O,) and, where asymmetric, zero points (O,)."""
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None = None
 
 
 CalibrationTable = Mapping[str, QParams]
+SiteTable = Mapping[str, QParams | UniformParams]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """What calibration found: parameters by site's name, and weights by their layer's.
+
+    A weight that is not there is quantized by clipping search (METHODS P5).
+    """
+
+    sites: SiteTable = field(default_factory=dict)
+    weights: Mapping[str, QWeight] = field(default_factory=dict)
 
 
 def is_op(node: Any, *targets: Any) -> bool:

@@ -51,7 +51,7 @@ class SiteRow:
 
     name: str
     bits: int
-    outlier_bits: int
+    outlier_bits: int | None  # None: the method has no outliers
     reverse: bool
     scale_min: float
     scale_median: float

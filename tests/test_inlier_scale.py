@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 import ouro_compiler as ouro
-from ouro_compiler.calibration.expand import expand_table
+from ouro_compiler.calibration.expand import expand
 from ouro_compiler.calibration.observers import THRESHOLD_MARGIN, SiteObserver
 from ouro_compiler.config import DynamicOutlierSpec, OutlierMode, QuantConfig
 from ouro_compiler.errors import UsageError
 from ouro_compiler.frontend.capture import export
-from ouro_compiler.graph import QParams
+from ouro_compiler.graph import Calibration, QParams
 from ouro_compiler.models.mambavision import MambaVisionConfig
 from ouro_compiler.models.vmamba import VMambaConfig
 from ouro_compiler.ops.quantize import inlier_interval
@@ -77,13 +77,15 @@ def test_the_threshold_is_the_median_of_the_steps() -> None:
 
 
 def test_an_unknown_granularity_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"per_time_step or per_tensor, got 'per_window'"):
+    with pytest.raises(UsageError, match=r"one of per_time_step, per_tensor, got 'per_window'"):
         DynamicOutlierSpec(inlier_scale="per_window")  # type: ignore[arg-type]
 
 
 def test_a_table_of_other_sites_is_refused() -> None:
     with pytest.raises(UsageError, match=r"\(here is only in one of the two\)"):
-        expand_table({"here": QParams(scale=torch.ones(1), threshold=torch.ones(1))}, [])
+        expand(
+            Calibration(sites={"here": QParams(scale=torch.ones(1), threshold=torch.ones(1))}), []
+        )
 
 
 # --- compilation

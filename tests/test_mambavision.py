@@ -22,7 +22,7 @@ from ouro_compiler.models.mambavision import (
     MambaVisionMixer,
     mambavision_tiny,
 )
-from ouro_compiler.recipes.ouromamba import Plan
+from ouro_compiler.recipes.planning import Plan
 from tests.helpers import assert_close, mamba_selective_scan_ref, randn
 from tests.passes.graphs import assert_same, calls, count, outputs
 from tests.passes.graphs import ouro as ops

@@ -13,7 +13,7 @@ import ouro_compiler as ouro
 from ouro_compiler.calibration.calibrate import calibrate
 from ouro_compiler.config import QuantConfig
 from ouro_compiler.frontend.capture import capture
-from ouro_compiler.graph import is_op
+from ouro_compiler.graph import Calibration, is_op
 from ouro_compiler.passes import NORMALIZE
 from ouro_compiler.passes.base import PassContext, run_passes
 from ouro_compiler.passes.fuse_dequantize_epilogue import fuse_dequantize_epilogue
@@ -93,7 +93,7 @@ def inserted(
     run_passes(gm, NORMALIZE, PassContext(config=config))
     plan = ouromamba.plan(gm, config)
     table = calibrate(gm, plan.sites, config.activations, lambda: [x], len(x))
-    ctx = PassContext(config=config, sites=plan.sites, table=table)
+    ctx = PassContext(config=config, sites=plan.sites, calibration=Calibration(sites=table))
     run_passes(gm, (insert_quantize_dequantize,), ctx)
     return gm, ctx
 
@@ -117,7 +117,7 @@ def test_insert_shares_one_quantizer_between_readers() -> None:
     gm, ctx = inserted(TwoReaders(), tokens())
     assert count(gm, QUANTIZE) == 1
     assert count(gm, OURO.dequantize_weight.default) == 2
-    assert len(ctx.table) == 1
+    assert len(ctx.calibration.sites) == 1
 
 
 def test_insert_quantizes_scan_operands() -> None:

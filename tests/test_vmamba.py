@@ -16,7 +16,7 @@ from ouro_compiler.compiler import prepare
 from ouro_compiler.frontend.capture import capture
 from ouro_compiler.graph import argument, value_of
 from ouro_compiler.models.vmamba import ARCHITECTURES, SS2D, VMamba, VMambaConfig, vmamba_tiny
-from ouro_compiler.recipes.ouromamba import Plan
+from ouro_compiler.recipes.planning import Plan
 from tests.helpers import assert_close, randn
 from tests.passes.graphs import assert_same, aten, calls, count, outputs
 from tests.passes.graphs import ouro as ops

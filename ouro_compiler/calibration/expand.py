@@ -8,22 +8,23 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ouro_compiler.errors import UsageError
-from ouro_compiler.graph import CalibrationTable, QParams, Site, value_of
+from ouro_compiler.graph import Calibration, QParams, Site, UniformParams, value_of
 
 
-def expand_table(table: CalibrationTable, sites: Sequence[Site]) -> dict[str, QParams]:
-    """The table with vectors (L,) of each site's own number of tokens L.
+def expand(found: Calibration, sites: Sequence[Site]) -> Calibration:
+    """The same parameters with vectors (L,) of each site's own number of tokens L.
 
-    table: one value a site, in vectors of any length. Raises UsageError if it is of other sites.
+    found: one value a site, in vectors of any length. Raises UsageError if it is of other sites.
     """
     names = {site.name for site in sites}
-    if names != table.keys():
-        other = min(names ^ table.keys())
+    if names != found.sites.keys():
+        other = min(names ^ found.sites.keys())
         raise UsageError(
             f"the model has other layers at the calibration images' resolution ({other} is only in "
             "one of the two): calibrate on images of the resolution it is compiled for"
         )
-    return {site.name: _expanded(table[site.name], _tokens(site)) for site in sites}
+    expanded = {site.name: _expanded(found.sites[site.name], _tokens(site)) for site in sites}
+    return dataclasses.replace(found, sites=expanded)
 
 
 def _tokens(site: Site) -> int:
@@ -31,7 +32,10 @@ def _tokens(site: Site) -> int:
     return int(shape[-1] if site.transpose else shape[1])
 
 
-def _expanded(found: QParams, length: int) -> QParams:
+def _expanded(found: QParams | UniformParams, length: int) -> QParams | UniformParams:
+    if isinstance(found, UniformParams):  # one scale for all tokens, or it could not be expanded
+        return found
+
     def repeated(vector: Tensor) -> Tensor:
         return vector[:1].expand(length).clone()
 

@@ -5,21 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ouro_compiler.config import QuantConfig
-from ouro_compiler.graph import CalibrationTable, Site
+from ouro_compiler.graph import QParams, Site, SiteTable
 from ouro_compiler.report import SiteRow
 
 
 def site_rows(
-    sites: Sequence[Site], table: CalibrationTable, config: QuantConfig, shares: dict[str, float]
+    sites: Sequence[Site], table: SiteTable, config: QuantConfig, shares: dict[str, float]
 ) -> list[SiteRow]:
     """A row a site, in graph order. shares: measured outlier shares by site."""
     rows: dict[str, SiteRow] = {}
     for site in sites:
-        scale = table[site.name].scale
+        params = table[site.name]
+        scale = params.scale
         rows[site.name] = SiteRow(
             name=site.name,
             bits=site.bits,
-            outlier_bits=config.activations.outlier_bits,
+            outlier_bits=config.activations.outlier_bits if isinstance(params, QParams) else None,
             reverse=site.reverse,
             scale_min=float(scale.min()),
             scale_median=float(scale.median()),

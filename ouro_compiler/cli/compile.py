@@ -37,6 +37,8 @@ class CompileRequest:
     iterations: int | None
     cache: bool
     ssm: Any
+    recipe: str
+    settings: tuple[str, ...]
     outliers: Any
     inlier_scale: Any
     target: Target | Any
@@ -56,16 +58,20 @@ class CompileRequest:
     def config(self) -> QuantConfig:
         """The preset with the options applied."""
         preset = PRESETS[self.preset]
-        return dataclasses.replace(
+        config = dataclasses.replace(
             preset,
             activations=dataclasses.replace(
                 preset.activations, outliers=self.outliers, inlier_scale=self.inlier_scale
             ),
             ssm=self.ssm,
+            recipe=self.recipe,
             include=self.include,
             exclude=self.exclude,
             seed=self.seed,
         )
+        for setting in self.settings:
+            config = config.with_setting(setting)
+        return config
 
     @property
     def destination(self) -> Path:
@@ -107,8 +113,11 @@ def run(request: CompileRequest) -> None:
 
 def _check(request: CompileRequest) -> None:
     """Refuse before any work what cannot end well."""
+    from ouro_compiler.recipes import find_recipe
+
     if request.max_drop is not None and request.verify is None:
         raise UsageError("--max-drop needs --verify DATA to measure a drop on")
+    find_recipe(request.config.recipe)
     check_calibration(request.calibration, request.iterations)
     if request.precompile is not None:
         from ouro_compiler.kernels.offline import parse_architectures

@@ -105,6 +105,18 @@ SynthesisBatch = Annotated[
     int | None, typer.Option(min=1, help="images at a time (as memory allows, at most 32)")
 ]
 SsmOption = Annotated[Ssm, typer.Option(help="operands of the scans to quantize")]
+RecipeOption = Annotated[
+    str,
+    typer.Option(
+        "--recipe", help="method: ouromamba, rtn, ptq4vm, qmamba, ksq or quamba (docs/recipes.md)"
+    ),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", help="any setting of the configuration, as activations.trigger=always; repeatable"
+    ),
+]
 OutliersOption = Annotated[Outliers, typer.Option(help="how outliers are found")]
 InlierScaleOption = Annotated[
     InlierScale, typer.Option(help="static scales: one a time step, or one for all of them")

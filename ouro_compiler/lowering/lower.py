@@ -28,7 +28,8 @@ def lower(
     turned into a skipped row with the reason.
     """
     refused: dict[str, str] = {}
-    lowered: set[str] = set()
+    lowered: set[str] = set()  # run on integer codes, or are scans
+    simulated: set[str] = set()
     for node in gm.graph.nodes:
         rule = RULES.get(node.target) if node.op == "call_function" else None
         layer = node.meta.get("ouro_layer")
@@ -40,8 +41,10 @@ def lower(
                 refused[layer] = reason
         if layer is not None and is_op(node, _LINEAR, _SCAN):
             lowered.add(layer)
+        elif layer is not None:
+            simulated.add(layer)
     for row in rows:
-        if row.status == "skipped":
+        if row.status == "skipped" or (row.status == "simulated" and row.name in simulated):
             continue
         if row.name not in lowered or row.name in refused:
             row.status = "skipped"

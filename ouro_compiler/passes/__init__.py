@@ -9,6 +9,7 @@ from ouro_compiler.passes.fold_delta_bias import fold_delta_bias
 from ouro_compiler.passes.fuse_dequantize_epilogue import fuse_dequantize_epilogue
 from ouro_compiler.passes.fuse_direction_flips import fuse_direction_flips
 from ouro_compiler.passes.fuse_quantize_prologue import fuse_quantize_prologue
+from ouro_compiler.passes.insert_fake_quantize import insert_fake_quantize
 from ouro_compiler.passes.insert_quantize_dequantize import insert_quantize_dequantize
 from ouro_compiler.passes.normalize_linear import normalize_linear
 from ouro_compiler.passes.raise_causal_conv1d import raise_causal_conv1d
@@ -35,7 +36,8 @@ NORMALIZE: tuple[Pass, ...] = (
 )
 QUANTIZE: tuple[Pass, ...] = (
     insert_quantize_dequantize,  # needs the calibrated table, so the graph must be normalised
-    fuse_dequantize_epilogue,  # reads what the pass before it wrote
+    insert_fake_quantize,  # the sites of simulated recipes; order between the two is free
+    fuse_dequantize_epilogue,  # reads what the first pass wrote
     fuse_quantize_prologue,  # last: which values must be emitted shows once nothing dequantizes
 )
 PIPELINE: tuple[Pass, ...] = NORMALIZE + QUANTIZE

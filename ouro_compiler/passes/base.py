@@ -16,7 +16,7 @@ from torch import fx
 from ouro_compiler.config import QuantConfig
 from ouro_compiler.errors import ModelError
 from ouro_compiler.graph import (
-    CalibrationTable,
+    Calibration,
     Site,
     evaluating_fakes,
     get_constant,
@@ -28,11 +28,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class PassContext:
-    """What passes may read: the configuration, and when quantizing sites and their table."""
+    """What passes may read: the configuration, and when quantizing sites and their calibration."""
 
     config: QuantConfig = field(default_factory=QuantConfig)
     sites: Sequence[Site] = ()
-    table: CalibrationTable = field(default_factory=dict)
+    calibration: Calibration = field(default_factory=Calibration)
     notes: list[str] = field(default_factory=list)  # for the report; passes add to it
 
 

@@ -1,1 +1,33 @@
 """Recipes: which sites, which quantizers, which search. One file a method."""
+
+from __future__ import annotations
+
+from ouro_compiler.errors import UsageError
+from ouro_compiler.recipes import ouromamba
+from ouro_compiler.recipes.base import Recipe
+
+_ALL = (
+    Recipe(
+        name="ouromamba",
+        summary="static inlier scales per time step, dynamic outlier channels (the default)",
+        plan=ouromamba.plan,
+        calibrate=ouromamba.calibrate_sites,
+        resizable=True,
+    ),
+    Recipe(
+        name="rtn",
+        summary="static scales per time step, no outliers",
+        plan=ouromamba.plan,
+        calibrate=ouromamba.calibrate_sites,
+        configure=ouromamba.without_outliers,
+        resizable=True,
+    ),
+)
+RECIPES: dict[str, Recipe] = {one.name: one for one in _ALL}
+
+
+def find_recipe(name: str) -> Recipe:
+    """The recipe of a name. Raises UsageError for an unknown one."""
+    if name not in RECIPES:
+        raise UsageError(f"no recipe is called {name!r}: the recipes are {', '.join(RECIPES)}")
+    return RECIPES[name]
