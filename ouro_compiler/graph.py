@@ -22,13 +22,16 @@ _OPS = frozenset({"placeholder", "get_attr", "call_function", "output"})
 
 
 OUTPUT = -1  # the index of a site that is a node's own result
+# Of sites that arise inside a scan: exp(step A), step B and the state (ops/quantized_scan.py).
+DECAY, INPUT, STATE = RECURRENCE = (-2, -3, -4)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
     """A tensor to quantize: argument `index` of `node`, fed with (B, L, K) after `transpose`.
 
-    With index OUTPUT it is what the node returns.
+    With index OUTPUT it is what the node returns, with one of RECURRENCE what a scan computes at
+    every step.
     """
 
     name: str
@@ -46,7 +49,7 @@ class Site:
     @property
     def source(self) -> fx.Node:
         """The node whose value is quantized."""
-        if self.index == OUTPUT:
+        if self.index < 0:
             return self.node
         found = self.node.args[self.index]
         assert isinstance(found, fx.Node)
@@ -83,6 +86,22 @@ class UniformParams:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StepParams:
+    """An operand inside a scan's recurrence, as `ouro::quantized_selective_scan` takes it.
+
+    scale, threshold (None: no outliers): (L,), indexed by token. steps: codes an octave of a
+    logarithmic decay, whose scale (1,) is what code 0 stands for. Of a state: factor (D, N), what
+    it is divided by first; before_rounding, does y read it as it was before?
+    """
+
+    scale: Tensor
+    threshold: Tensor | None = None
+    steps: int = 0
+    factor: Tensor | None = None
+    before_rounding: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class QWeight:
     """A weight's int8 codes (O, K), scales (O,) and, where asymmetric, zero points (O,)."""
 
@@ -92,7 +111,8 @@ class QWeight:
 
 
 CalibrationTable = Mapping[str, QParams]
-SiteTable = Mapping[str, QParams | UniformParams]
+SiteParams = QParams | UniformParams | StepParams
+SiteTable = Mapping[str, SiteParams]
 
 
 @dataclass(frozen=True, kw_only=True)

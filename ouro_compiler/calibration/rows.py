@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ouro_compiler.config import QuantConfig
-from ouro_compiler.graph import QParams, Site, SiteTable
+from ouro_compiler.graph import QParams, Site, SiteParams, SiteTable, StepParams
 from ouro_compiler.report import SiteRow
 
 
@@ -20,7 +20,7 @@ def site_rows(
         rows[site.name] = SiteRow(
             name=site.name,
             bits=site.bits,
-            outlier_bits=config.activations.outlier_bits if isinstance(params, QParams) else None,
+            outlier_bits=config.activations.outlier_bits if _has_outliers(params) else None,
             reverse=site.reverse,
             scale_min=float(scale.min()),
             scale_median=float(scale.median()),
@@ -28,3 +28,9 @@ def site_rows(
             outlier_share=shares.get(site.name),
         )
     return list(rows.values())
+
+
+def _has_outliers(params: SiteParams) -> bool:
+    if isinstance(params, StepParams):
+        return params.threshold is not None
+    return isinstance(params, QParams)

@@ -25,10 +25,11 @@ _UPCASTING = frozenset(
         "linear_dynamic_outlier",
         "quantize_dynamic_outlier",
         "quantize_static_outlier",
+        "quantized_selective_scan",
         "selective_scan",
     )
 )
-_EXACT = (".inlier_scale", ".weight_scale", ".threshold")
+_EXACT = (".inlier_scale", ".weight_scale", ".threshold", ".factor")
 
 
 def store_as_half(gm: fx.GraphModule) -> list[str]:
