@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +11,11 @@ import pytest
 import torch
 
 import ouro_compiler as ouro
-from ouro_compiler.cli import compile_main
+from tests.command_line import Cli, cli
 from tests.models import compiled_vim, images
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+__all__ = ["cli"]  # a fixture
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 TESTED = 100
 
 
@@ -35,17 +35,14 @@ def test_digits(
     decibels: float,
     held_out: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    cli: Cli,
 ) -> None:
     out, written = tmp_path / "out.pt2", tmp_path / "report.json"
-    arguments = [str(EXAMPLES / "vim_digits.safetensors"), f"--{preset}", "--ssm", "full", "-q"]
-    arguments += ["--calibration", str(EXAMPLES / "digits_calibration.npz"), "--images", "32"]
-    arguments += ["--verify", str(held_out), "--strict", "-o", str(out), "--report", str(written)]
-    monkeypatch.setattr(sys, "argv", ["ouro-compile", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        compile_main()
-        sys.exit(0)  # as a process whose main function returns
-    assert not ended.value.code
+    arguments = (f"--{preset}", "--ssm", "full", "--images", "32", "--strict", "-o", str(out))
+    data = ("--calibration", str(EXAMPLES / "digits_calibration.npz"), "--verify", str(held_out))
+    model = str(EXAMPLES / "vim_digits.safetensors")
+    result = cli(model, *arguments, *data, "--report", str(written))
+    assert result.code == 0, result.err
 
     report = json.loads(written.read_text())
     assert report["config"]["ssm"] == "full"
