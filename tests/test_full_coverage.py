@@ -76,6 +76,7 @@ def test_saved_and_loaded(preset: ouro.QuantConfig, tmp_path: Path) -> None:
 def test_without_dynamic_outliers_nothing_is_listed_in_the_recurrence() -> None:
     spec = dataclasses.replace(ouro.W4A4.activations, outliers="none")
     compiled = compiled_vim(dataclasses.replace(ouro.W4A4, ssm="full", activations=spec))
-    rows = {row["name"].rpartition(".")[2]: row for row in compiled.report["sites"]}
-    assert rows["state"]["outlier_bits"] is None
-    assert rows["input"]["outlier_bits"] is None
+    rows = {row["name"]: row for row in compiled.report["sites"]}
+    for operand in ("decay", "input", "state"):
+        row = rows[f"layers.0.mixer.selective_scan.{operand}"]
+        assert (row["outlier_bits"], row["outlier_share"]) == (None, None)

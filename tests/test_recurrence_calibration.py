@@ -76,17 +76,20 @@ def test_the_recurrence_is_the_scans(reverse: bool, monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(module, "_ELEMENTS_AT_ONCE", elements)
         parts = list(recurrence(arguments))
         assert len(parts) == (5 if elements == 1 else 1)
-        states = torch.cat([one.state for one in parts], 1)  # (L, B, D, N)
-        y = torch.einsum("lbdn,bnl->bdl", states, arguments[4])
+        states = torch.cat([one.state for one in parts], 1)[:, :, 0]  # (L, B, N, D)
+        y = torch.einsum("lbnd,bnl->bdl", states, arguments[4])
         assert_close(y, expected, 1e-5)
         decay, arriving = (
-            torch.cat([getattr(one, name) for one in parts], 1) for name in ("decay", "input")
+            torch.cat([getattr(one, name) for one in parts], 1)[:, :, 0]
+            for name in ("decay", "input")
         )
         order = range(10, -1, -1) if reverse else range(11)
         h = torch.zeros_like(states[0])
         for t in order:
-            h = decay[t] * h + arriving[t] * arguments[0][:, :, t, None]
+            h = decay[t] * h + arriving[t] * arguments[0][:, None, :, t]
             assert_close(h, states[t], 1e-5)
+        for one in parts:
+            assert torch.equal(one.input_peak, one.input.abs().amax(-2))
 
 
 def test_streaming_in_batches_changes_nothing() -> None:
@@ -109,7 +112,7 @@ def test_scales_cover_the_inliers_and_thresholds_lie_above() -> None:
         assert (one.threshold >= THRESHOLD_MARGIN * limit * 0.999).all()
         assert torch.equal(one.threshold, one.threshold.half().float())
         values = getattr(samples, name)
-        quiet = values[:, :, [*range(2), *range(3, 40)]].abs().flatten(1)
+        quiet = values[..., [*range(2), *range(3, 40)]].abs().flatten(1)
         assert (limit < quiet.amax(1) * 1.2).all(), "the loud channel does not set the scale"
         assert (limit > quiet.quantile(0.5, 1)).all()
 

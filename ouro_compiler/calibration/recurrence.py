@@ -1,6 +1,6 @@
 """Calibration inside a scan: decays, inputs and states of the floating-point recurrence.
 
-They are B x L x D x N numbers that no node of the graph holds. A scan's observer recomputes them
+They are B x L x N x D numbers that no node of the graph holds. A scan's observer recomputes them
 from the scan's operands, some samples at a time, and sees each twice as other observers do: for
 ranges and outliers (METHODS 3.2, on the largest magnitude of a channel's states), then for
 histograms. Ranges and thresholds are of every number; histograms of every k-th channel, in turn, so
@@ -19,7 +19,7 @@ from torch import Tensor
 from ouro_compiler.calibration.observers import SiteObserver
 from ouro_compiler.calibration.search import BINS, logarithmic_from_histogram, unsigned_scale
 from ouro_compiler.config import DynamicOutlierSpec
-from ouro_compiler.graph import DECAY, INPUT, STATE, Site, StepParams
+from ouro_compiler.graph import DECAY, STATE, Site, StepParams
 from ouro_compiler.ops.chunked_scan import Operands
 
 _ELEMENTS_AT_ONCE = 1 << 22
@@ -32,11 +32,16 @@ OCTAVES, BINS_AN_OCTAVE = 24, 64
 
 @dataclass(frozen=True)
 class _Samples:
-    """Values (L, b, D, N) of some samples, token by token, whatever the direction."""
+    """Some samples of a scan, token by token whatever the direction: (L, b, G, N, d).
+
+    Channels come last: they are many and the states few, so that the largest state of a channel is
+    found at the speed of memory.
+    """
 
     decay: Tensor
     input: Tensor
     state: Tensor
+    input_peak: Tensor  # (L, b, G, d): the largest magnitude of a channel's inputs
 
 
 class RecurrenceObserver:
@@ -52,7 +57,7 @@ class RecurrenceObserver:
         """Round 1: the arguments of `ouro::selective_scan`."""
         for samples in recurrence(arguments):
             for one in self.operands:
-                one.observe_range(_peaks(one.of(samples)))
+                one.observe_range(one.peaks(samples))
 
     def freeze_range(self) -> None:
         """Between the rounds."""
@@ -62,14 +67,15 @@ class RecurrenceObserver:
     def observe_histogram(self, arguments: Sequence[Any]) -> None:
         """Round 2: the same arguments in the same order."""
         for samples in recurrence(arguments):
-            channels, states = samples.decay.shape[2:]
-            every = max(1, channels * states * self.total // _ENTRIES_A_STEP)
-            chosen = slice(self.seen % min(every, channels), None, min(every, channels))
+            groups, states, channels = samples.decay.shape[2:]
+            entries = groups * states * channels * self.total
+            every = min(channels, max(1, entries // _ENTRIES_A_STEP))
+            chosen = slice(self.seen % every, None, every)
             self.seen += 1
             for one in self.operands:
-                one.observe_values(one.of(samples), chosen)
+                one.observe_values(samples, chosen)
             for decay in self.decays:
-                decay.observe(samples.decay[:, :, chosen])
+                decay.observe(samples.decay[..., chosen])
 
     def params(self) -> dict[str, StepParams]:
         """Parameters by site."""
@@ -80,21 +86,22 @@ class RecurrenceObserver:
 def recurrence(arguments: Sequence[Any]) -> Iterator[_Samples]:
     """The recurrence of a scan in fp32, some samples at a time."""
     u, delta, A, B, C, _, _, delta_bias, delta_softplus, reverse = arguments
-    batch, channels, length = u.shape
-    size = max(1, _ELEMENTS_AT_ONCE // (A.numel() * length))
-    for first in range(0, batch, size):
+    size = max(1, _ELEMENTS_AT_ONCE // (A.numel() * u.shape[2]))
+    for first in range(0, len(u), size):
         part = slice(first, first + size)
-        given = (u[part].float(), delta[part], A, B[part], C[part])
-        operands = Operands(*given, delta_bias, delta_softplus, reverse)
-        decay, states = operands.states(slice(0, length), operands.zero_state())[:2]
-        arriving = operands.step[..., None] * operands.B[:, :, :, None]
-        shape = (length, -1, channels, A.shape[1])
-        yield _Samples(decay.view(shape), arriving.reshape(shape), states.view(shape))
-
-
-def _peaks(values: Tensor) -> Tensor:
-    """(b, L, D): the largest magnitude of each channel's states, of (L, b, D, N)."""
-    return values.abs().amax(-1).transpose(0, 1)
+        given = Operands(
+            u[part].float(), delta[part], A, B[part], C[part], delta_bias, delta_softplus, reverse
+        )
+        step = given.step[:, :, :, None]  # (L, b, G, 1, d)
+        decay = torch.exp(step * given.A.transpose(1, 2))
+        arriving = step * given.B[..., None]
+        state = arriving * given.u[:, :, :, None]
+        h = torch.zeros_like(state[0])
+        for t in given.order(slice(0, len(state))):
+            h = state[t].addcmul_(decay[t], h)
+        # Rounding keeps the order of products, so the largest one is that of the largest B.
+        peak = given.step.abs() * given.B.abs().amax(-1, keepdim=True)
+        yield _Samples(decay, arriving, state, peak)
 
 
 class _StepObserver(SiteObserver):
@@ -105,21 +112,26 @@ class _StepObserver(SiteObserver):
         # A fixed list of channels has no place inside the recurrence.
         self.outliers = "dynamic" if spec.outliers == "dynamic" else "none"
 
-    def of(self, samples: _Samples) -> Tensor:
-        """Its values (L, b, D, N)."""
-        return {INPUT: samples.input, STATE: samples.state}[self.site.index]
+    def peaks(self, samples: _Samples) -> Tensor:
+        """(b, L, D): the largest magnitude of each channel's states."""
+        inside = self.site.index == STATE
+        peaks = samples.state.abs().amax(-2) if inside else samples.input_peak
+        return peaks.flatten(2).transpose(0, 1)
 
-    def observe_values(self, values: Tensor, chosen: slice) -> None:
-        """Round 2: values (L, b, D, N), of which some channels are counted."""
-        listed = self._listed(_peaks(values), keep=False)
-        counted = values[:, :, chosen].abs()
-        width = (self.high / BINS).clamp(min=1e-30)
-        index = (counted / width[:, None, None, None]).int().clamp_(0, BINS - 1)
-        index += (torch.arange(len(values)) * BINS).int()[:, None, None, None]
-        if listed is not None:
-            index = index[~listed.transpose(0, 1)[:, :, chosen]]
-        counts = torch.bincount(index.flatten(), minlength=self.histogram.numel())
-        self.histogram += counts.view_as(self.histogram)
+    def observe_values(self, samples: _Samples, chosen: slice) -> None:
+        """Round 2; of each group's channels some are counted."""
+        values = samples.state if self.site.index == STATE else samples.input
+        length, groups = len(values), values.shape[2]
+        counted = values[..., chosen].abs()
+        width = (self.high / BINS).clamp(min=1e-30).view(-1, 1, 1, 1, 1)
+        index = (counted / width).int().clamp_(0, BINS - 1)
+        index += (torch.arange(length) * BINS).int().view(-1, 1, 1, 1, 1)
+        listed = self._listed(self.peaks(samples), keep=False)
+        if listed is not None:  # they are counted behind the last bin
+            mask = listed.transpose(0, 1).unflatten(2, (groups, 1, -1))[..., chosen]
+            index.masked_fill_(mask, length * BINS)
+        counts = torch.bincount(index.flatten(), minlength=length * BINS + 1)
+        self.histogram += counts[:-1].view_as(self.histogram)
 
     def step_params(self) -> StepParams:
         """Scales and thresholds as of any other symmetric site."""
@@ -136,12 +148,12 @@ class _DecayObserver:
         self.logarithms = torch.zeros(OCTAVES * BINS_AN_OCTAVE)
 
     def observe(self, decay: Tensor) -> None:
-        """Round 2: decays (L, b, K, N)."""
+        """Round 2: decays (L, b, G, N, K)."""
         length = len(decay)
         if not self.histogram.numel():
             self.histogram = torch.zeros(length, BINS)
         index = (decay * BINS).int().clamp_(0, BINS - 1)
-        index += (torch.arange(length) * BINS).int()[:, None, None, None]
+        index += (torch.arange(length) * BINS).int().view(-1, 1, 1, 1, 1)
         counts = torch.bincount(index.flatten(), minlength=length * BINS)
         self.histogram += counts.view(length, BINS)
         octaves = -torch.log2((1 - decay).clamp(min=2.0**-OCTAVES, max=1.0))
