@@ -118,8 +118,8 @@ def _capture_for(
     plan: Plan,
 ) -> Captured | None:
     """The graph and plan to calibrate on images of another resolution than the example's."""
-    resizable = find_recipe(config.recipe).resizable
-    scale = config.activations.inlier_scale if resizable else "per_time_step"
+    recipe = find_recipe(config.recipe)
+    scale = recipe.configure(config).activations.inlier_scale if recipe.resizable else None
     image = image_of_other_resolution(images, example.shape, scale)
     if image is None:
         return None
@@ -189,7 +189,7 @@ def quantize(
         run_passes(gm, QUANTIZE, context)
         report.layers = plan.rows
         report.kernels, notes = lower(gm, plan.rows, target)
-        report.notes = [*plan.notes, *notes]
+        report.notes = [*plan.notes, *context.notes, *notes]
         if strict:
             refuse_skipped(report.layers)
         program = export(gm, example)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from ouro_compiler.graph import QParams, Site
 # Called with (stage, images done, images in all).
 Progress = Callable[[str, int, int], None]
 Batches = Callable[[], Iterable[Tensor]]
+Reader = Callable[[Tensor], None]  # of a site's tokens (B, L, K)
+Transform = Callable[[Tensor], Tensor]
 
 
 def to_tokens(x: Tensor, site: Site) -> Tensor:
@@ -32,39 +35,97 @@ def calibrate(
     batches: Batches,
     total: int,
     progress: Progress | None = None,
+    transforms: Mapping[str, Transform] = MappingProxyType({}),
 ) -> dict[str, QParams]:
     """Run `batches()` twice through `gm` and return the parameters of every site by name.
 
     batches: a callable giving the same (B, C, H, W) batches each time; total: images in all.
+    transforms: by site's name, what its tokens (B, L, K) go through before they are quantized.
     Raises UsageError if an activation is not finite.
     """
+    found = observe_sites(gm, sites, spec, batches, total, progress, transforms)
+    return {name: observer.qparams() for name, observer in found.items()}
+
+
+def observe_sites(
+    gm: fx.GraphModule,
+    sites: Sequence[Site],
+    spec: DynamicOutlierSpec,
+    batches: Batches,
+    total: int,
+    progress: Progress | None = None,
+    transforms: Mapping[str, Transform] = MappingProxyType({}),
+) -> dict[str, SiteObserver]:
+    """The observers that `calibrate` takes parameters from, after both of their rounds."""
     observers: dict[str, SiteObserver] = {}
-    watched: dict[fx.Node, list[SiteObserver]] = {}
     for site in sites:
         if site.name not in observers:
             observers[site.name] = SiteObserver(site, spec)
-            watched.setdefault(site.source, []).append(observers[site.name])
     for stage, method in (
         ("calibrating: ranges", SiteObserver.observe_range),
         ("calibrating: histograms", SiteObserver.observe_histogram),
     ):
-        _observe(gm, watched, method, batches, stage, total, progress)
+        readers = {
+            name: _reader(observer, method, transforms.get(name))
+            for name, observer in observers.items()
+        }
+        watch_sites(gm, sites, readers, batches, stage, total, progress)
         if method is SiteObserver.observe_range:
             for observer in observers.values():
                 observer.freeze_range()
-    return {name: observer.qparams() for name, observer in observers.items()}
+    return observers
 
 
-def _observe(
+def channel_peaks(
     gm: fx.GraphModule,
-    watched: dict[fx.Node, list[SiteObserver]],
+    sites: Sequence[Site],
+    batches: Batches,
+    total: int,
+    progress: Progress | None = None,
+) -> dict[str, Tensor]:
+    """The largest |x| of every channel (K,) of every site, by name, in one run of the images."""
+    peaks: dict[str, Tensor] = {}
+
+    def reader(name: str) -> Reader:
+        def read(x: Tensor) -> None:
+            peak = x.abs().amax((0, 1))
+            peaks[name] = torch.maximum(peaks[name], peak) if name in peaks else peak
+
+        return read
+
+    readers = {site.name: reader(site.name) for site in sites}
+    watch_sites(gm, sites, readers, batches, "calibrating: channels", total, progress)
+    return peaks
+
+
+def _reader(
+    observer: SiteObserver,
     method: Callable[[SiteObserver, Tensor], None],
+    transform: Transform | None,
+) -> Reader:
+    def read(x: Tensor) -> None:
+        method(observer, x if transform is None else transform(x))
+
+    return read
+
+
+def watch_sites(
+    gm: fx.GraphModule,
+    sites: Sequence[Site],
+    readers: Mapping[str, Reader],
     batches: Batches,
     stage: str,
     total: int,
-    progress: Progress | None,
+    progress: Progress | None = None,
 ) -> None:
-    interpreter = _Watcher(gm, watched, method)
+    """Run the images once; each site's name has one reader, called with its tokens (B, L, K)."""
+    watched: dict[fx.Node, dict[str, Site]] = {}
+    named: set[str] = set()
+    for site in sites:
+        if site.name not in named:
+            named.add(site.name)
+            watched.setdefault(site.source, {})[site.name] = site
+    interpreter = _Watcher(gm, watched, readers)
     done = 0
     for batch in batches():
         with torch.no_grad():
@@ -77,25 +138,25 @@ def _observe(
 
 
 class _Watcher(fx.Interpreter):
-    """Runs a graph and hands the watched nodes' values to their observers."""
+    """Runs a graph and hands the values of sites to their readers."""
 
     def __init__(
         self,
         gm: fx.GraphModule,
-        watched: dict[fx.Node, list[SiteObserver]],
-        method: Callable[[SiteObserver, Tensor], None],
+        watched: Mapping[fx.Node, Mapping[str, Site]],
+        readers: Mapping[str, Reader],
     ) -> None:
         super().__init__(gm)
-        self.watched, self.method = watched, method
+        self.watched, self.readers = watched, readers
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        for observer in self.watched.get(n, ()):
-            x = to_tokens(value, observer.site)
+        for name, site in self.watched.get(n, {}).items():
+            x = to_tokens(value, site)
             if not bool(torch.isfinite(x).all()):
                 raise UsageError(
-                    f"calibration met a value that is not finite at {observer.site.name}: "
+                    f"calibration met a value that is not finite at {name}: "
                     "check the weights and the images"
                 )
-            self.method(observer, x)
+            self.readers[name](x)
         return value

@@ -74,6 +74,17 @@ def symmetric_from_histogram(histogram: Tensor, peak: Tensor, bits: int) -> Tens
     return round_to_half(scale.clamp(min=MIN_SCALE))
 
 
+def percentile_from_histogram(histogram: Tensor, peak: float, share: float) -> float:
+    """The value below which `share` of a histogram (BINS,) over [0, peak] lies, within a bin."""
+    if share >= 1 or peak == 0:
+        return peak
+    total = histogram.double().cumsum(0)
+    wanted = share * float(total[-1])
+    index = min(int(torch.searchsorted(total, wanted)), histogram.numel() - 1)
+    inside = (wanted - float(total[index] - histogram[index])) / max(1.0, float(histogram[index]))
+    return peak * (index + min(1.0, inside)) / histogram.numel()
+
+
 def asymmetric_from_histogram(
     histogram: Tensor, low: Tensor, high: Tensor, bits: int
 ) -> tuple[Tensor, Tensor]:

@@ -21,14 +21,19 @@ _UPCASTING = frozenset(
         "causal_conv1d_quantize",
         "dequantize_dynamic_outlier",
         "dequantize_weight",
+        "fake_quantize",
         "gate_sum_quantize",
         "linear_dynamic_outlier",
         "quantize_dynamic_outlier",
+        "quantize_dynamic_outlier_variant",
         "quantize_static_outlier",
         "selective_scan",
     )
 )
-_EXACT = (".inlier_scale", ".weight_scale", ".threshold")
+_EXACT = (
+    *(".inlier_scale", ".weight_scale", ".threshold"),
+    *(".activation_scale", ".zero_point", ".smooth", ".rotation"),
+)
 
 
 def store_as_half(gm: fx.GraphModule) -> list[str]:
