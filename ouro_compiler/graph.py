@@ -48,7 +48,8 @@ class Site:
         """The node whose value is quantized."""
         if self.index == OUTPUT:
             return self.node
-        found = all_arguments(self.node)[self.index]
+        args = self.node.args
+        found = args[self.index] if self.index < len(args) else all_arguments(self.node)[self.index]
         assert isinstance(found, fx.Node)
         return found
 

@@ -95,6 +95,8 @@ def _dynamic_start(
 
     def reaches(position: int, cell: Tensor, unlisted: Tensor) -> Tensor:
         token = tokens[:, :, position]
+        if token.shape[-1] < 2:  # no deviation
+            return torch.zeros_like(unlisted)
         if residual:
             token = token * unlisted
         deviation, mean = torch.std_mean(token, dim=-1, keepdim=True)
