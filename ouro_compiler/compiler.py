@@ -62,6 +62,7 @@ def compile(
     """
     example = example_inputs[0] if isinstance(example_inputs, tuple) else example_inputs
     report = Report(config=config.to_dict())
+    find_recipe(config.recipe).configure(config)  # refuses what it cannot mean, before any work
     with timed(report, "capture"):
         gm = capture(model, example)
         plan = prepare(gm, config)
