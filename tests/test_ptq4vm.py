@@ -16,8 +16,8 @@ from ouro_compiler.passes.insert_fake_quantize import insert_fake_quantize
 from ouro_compiler.recipes import find_recipe
 from ouro_compiler.recipes.ptq4vm import smoothing
 from tests.helpers import randn
-from tests.models import compiled_vim, images, small_vim
-from tests.recipe_graphs import apply, calibrated, configured, values_of
+from tests.models import images, small_vim
+from tests.recipe_graphs import apply, calibrated, compiled, configured, values_of
 
 OPS = torch.ops.ouro
 FAKE, LINEAR = OPS.fake_quantize.default, OPS.linear_dynamic_outlier.default
@@ -121,14 +121,10 @@ def test_the_order_and_the_batches_of_images_change_nothing() -> None:
 # --- at run time
 
 
-def _compiled(config: object = ASYMMETRIC) -> tuple[nn.Module, Tensor]:
-    gm, plan, found = calibrated(TwoLinears(), tokens(), config)  # type: ignore[arg-type]
-    apply(gm, plan, found, config)  # type: ignore[arg-type]
-    return gm, tokens(4, seed=5)
-
-
 def test_codes_of_a_sample_and_of_a_token_are_its_own() -> None:
-    gm, x = _compiled()
+    gm, plan, table = calibrated(TwoLinears(), tokens(), ASYMMETRIC)
+    apply(gm, plan, table, ASYMMETRIC)
+    x = tokens(4, seed=5)
     first = values_of(gm, FAKE, x)
     assert len(first) == 2
     order = torch.tensor([2, 0, 3, 1])
@@ -192,34 +188,34 @@ def test_sixteen_bits_are_nearly_floating_point() -> None:
 
 
 def test_the_published_form_is_simulated() -> None:
-    report = compiled_vim(ASYMMETRIC).report
+    report = compiled(ASYMMETRIC).report
     rows = {row["name"]: row for row in report["layers"]["rows"]}
     linears = [row for row in rows.values() if row["status"] == "simulated"]
-    assert len(linears) == report["layers"]["quantized"] == 6
+    assert [row["name"] for row in linears] == ["into", "out"]
+    assert report["layers"]["quantized"] == 2
     assert all("ptq4vm.asymmetric=false" in row["reason"] for row in linears)
-    assert all((row["weight_bits"], row["activation_bits"]) == (4, 4) for row in linears)
-    scans = [row for row in rows.values() if row["kind"] == "scan"]
-    assert len(scans) == 2
-    assert {row["reason"] for row in scans} == {
+    assert rows["selective_scan"]["status"] == "skipped"
+    assert rows["selective_scan"]["reason"] == (
         "the recipe leaves scans in floating point, whatever --ssm says"
-    }
-    assert {site["outlier_bits"] for site in report["sites"]} == {None}
+    )
+    assert [site["outlier_bits"] for site in report["sites"]] == [None, None]
     assert report["outlier_share"] == 0
-    parts = report["bytes"]["by_part"]
-    assert parts["activation scales"]["stored"] > 6 * 50 * 2  # 50 tokens, steps and zero points
-    kernels = {row["op"]: row for row in report["kernels"]}
-    assert kernels["fake_quantize"]["kernel"] == "reference"
-    assert "no kernel" in kernels["fake_quantize"]["reason"]
+    # 16 tokens, steps and zero points in 2 bytes, and a smoothing vector a site
+    scales = report["bytes"]["by_part"]["activation scales"]["stored"]
+    assert scales == 2 * 16 * 2 * 2 + (8 + 12) * 2
+    (row,) = (row for row in report["kernels"] if row["op"] == "fake_quantize")
+    assert (row["kernel"], row["nodes"]) == ("reference", 2)
+    assert "no kernel" in row["reason"]
 
 
 def test_without_zero_points_integer_kernels_run_it() -> None:
-    report = compiled_vim(SYMMETRIC).report
+    report = compiled(SYMMETRIC).report
     linears = [row for row in report["layers"]["rows"] if row["status"] == "quantized"]
-    assert len(linears) == 6
+    assert [row["name"] for row in linears] == ["into", "out"]
     assert all(row["kernel"].startswith("linear_dynamic_outlier int4") for row in linears)
-    quantizer = next(r for r in report["kernels"] if r["op"] == "quantize_dynamic_outlier")
-    assert quantizer["kernel"].startswith("quantize_dynamic_outlier")
-    assert not [row for row in report["kernels"] if row["op"] == "fake_quantize"]
+    kernels = {row["op"]: row for row in report["kernels"]}
+    assert kernels["quantize_dynamic_outlier"]["kernel"] != "reference"
+    assert "fake_quantize" not in kernels
     assert report["outlier_share"] == 0
     assert report["logits_snr_db"] > 3
 
