@@ -289,9 +289,9 @@ def test_ptq4vm_by_the_command(cli: Cli) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("recipe", "snr"), [("ptq4vm", 25), ("quamba", 18), ("rtn", 20)])
+@pytest.mark.parametrize(("recipe", "snr"), [("ptq4vm", 25), ("quamba", 25), ("rtn", 20)])
 def test_recipes_on_the_digits_example(cli: Cli, recipe: str, snr: float) -> None:
-    """Measured on 1,000 images and 128 to calibrate: 31.9, 25.1 and 25.1 dB; fewer here."""
+    """Measured on 1,000 images and 128 to calibrate: 31.9, 33.6 and 25.1 dB; fewer here."""
     with np.load(EXAMPLES / "digits_test.npz") as held:
         np.savez("few.npz", images=held["images"][:200], labels=held["labels"][:200])
     result = cli(
