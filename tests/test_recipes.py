@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -233,6 +234,7 @@ def test_simulated_artefacts_load_as_they_were(recipe: str, tmp_path: Path) -> N
     model.save(tmp_path / "m.pt2")
     loaded = ouro.load(tmp_path / "m.pt2")
     assert torch.equal(loaded(x), expected)
+    assert torch.equal(loaded(x[:1]), model.graph_module(x[:1]))  # one image may run on a tape
     assert loaded.report["config"]["recipe"] == recipe
     kinds = {node.target for node in loaded.graph_module.graph.nodes}
     assert OPS.fake_quantize.default in kinds
@@ -254,7 +256,9 @@ def test_an_artefact_of_another_rule_loads_as_it_was(tmp_path: Path) -> None:
     """Its operator has a word, a number and an optional operand among its arguments."""
     model, x = compiled(_rules("dynamic_residual", "always")), pictures(5, seed=4)
     model.save(tmp_path / "m.pt2")
-    assert torch.equal(ouro.load(tmp_path / "m.pt2")(x), model(x))
+    loaded = ouro.load(tmp_path / "m.pt2")
+    assert torch.equal(loaded(x), model(x))
+    assert torch.equal(loaded(x[:1]), model.graph_module(x[:1]))
 
 
 def test_simulated_quantizers_are_inspected_like_others() -> None:
@@ -322,13 +326,11 @@ def test_recipes_and_settings_that_are_refused(cli: Cli, args: tuple[str, ...], 
     refused(cli("vim.safetensors", "--calibration", "noise", *args), 2, words)
 
 
-def test_settings_reach_the_artefact(cli: Cli) -> None:
+def test_settings_reach_the_report(cli: Cli) -> None:
     args = ("--recipe", "quamba", "--set", "quamba.hadamard=false", "--set", "weights.bits=8")
     result = cli("vim.safetensors", "--dry-run", *args, "--report", "r.json")
     assert result.code == 0, result.err
     assert "simulated" in result.out
-    import json
-
     config = json.loads(Path("r.json").read_text())["config"]
     assert config["quamba"] == {"percentile": 0.9995, "hadamard": False}
     assert config["weights"]["bits"] == 8
