@@ -62,6 +62,7 @@ def compile(
     """
     example = example_inputs[0] if isinstance(example_inputs, tuple) else example_inputs
     report = Report(config=config.to_dict())
+    find_recipe(config.recipe).configure(config)  # refuses what it cannot mean, before any work
     with timed(report, "capture"):
         gm = capture(model, example)
         plan = prepare(gm, config)
@@ -118,8 +119,8 @@ def _capture_for(
     plan: Plan,
 ) -> Captured | None:
     """The graph and plan to calibrate on images of another resolution than the example's."""
-    resizable = find_recipe(config.recipe).resizable
-    scale = config.activations.inlier_scale if resizable else "per_time_step"
+    recipe = find_recipe(config.recipe)
+    scale = recipe.configure(config).activations.inlier_scale if recipe.resizable else None
     image = image_of_other_resolution(images, example.shape, scale)
     if image is None:
         return None
@@ -189,7 +190,7 @@ def quantize(
         run_passes(gm, QUANTIZE, context)
         report.layers = plan.rows
         report.kernels, notes = lower(gm, plan.rows, target)
-        report.notes = [*plan.notes, *notes]
+        report.notes = [*plan.notes, *context.notes, *notes]
         if strict:
             refuse_skipped(report.layers)
         program = export(gm, example)

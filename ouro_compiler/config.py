@@ -44,10 +44,10 @@ class DynamicOutlierSpec:
     inlier_scale: one scale and threshold a time step, or one a site for all of them, which does not
     depend on the resolution of the images.
     threshold: calibrated per time step (static_t), calibrated, one a site (scalar), or computed
-    from each token at run time, from all its channels (dynamic_full) or from the unlisted ones
-    (dynamic_residual). trigger: when channels may join a list: at steps where an unlisted one
-    leaves the inlier range (gated), at all steps (always), or whenever any sample's does
-    (global_any: not batch invariant, to reproduce a published release). METHODS 3.4.
+    from each token at run time, from all its channels (dynamic_full) or with the listed ones
+    counted as 0 (dynamic_residual). trigger: when channels may join a list: at steps where an
+    unlisted one leaves the inlier range (gated), at all steps (always), or whenever any sample's
+    does (global_any: not batch invariant, to reproduce a published release). METHODS 3.4.
     """
 
     inlier_bits: int = 4
@@ -68,6 +68,8 @@ class DynamicOutlierSpec:
             )
         if self.refresh_period < 1:
             raise UsageError(f"refresh_period must be at least 1, got {self.refresh_period}")
+        if not (0 <= self.kappa < float("inf") and 0 <= self.kappa_delta < float("inf")):
+            raise UsageError("kappa and kappa_delta must be numbers of at least 0")
         for name, allowed in (
             ("outliers", OutlierMode),
             ("inlier_scale", InlierScale),
@@ -132,27 +134,44 @@ def _with(config: T, path: list[str], value: str, full: str) -> T:
     if path[0] not in hints:
         known = ", ".join(hints)
         raise UsageError(f"there is no setting {full}: {type(config).__name__} has {known}")
-    before = getattr(config, path[0])
-    if dataclasses.is_dataclass(before):
+    kind, optional = _without_none(hints[path[0]])
+    if optional and len(path) == 1 and value == "none":
+        after: Any = None
+    elif dataclasses.is_dataclass(kind):
         if len(path) == 1:
-            inner = ", ".join(typing.get_type_hints(type(before)))
+            inner = ", ".join(typing.get_type_hints(kind))
             raise UsageError(f"{full} has parts of its own: set {full}.NAME, one of {inner}")
-        after: Any = _with(before, path[1:], value, full)
+        before = getattr(config, path[0])
+        after = _with(
+            typing.cast(type, kind)() if before is None else before, path[1:], value, full
+        )
     elif len(path) > 1:
         raise UsageError(f"there is no setting {full}: {path[0]} is a single value")
     else:
-        after = _parsed(type(before), value, full)
+        after = _parsed(kind, value, full)
     return dataclasses.replace(config, **{path[0]: after})  # type: ignore[type-var]
 
 
-def _parsed(kind: type, value: str, name: str) -> Any:
-    """A setting's text as the type that its field holds now."""
+def _without_none(hint: Any) -> tuple[Any, bool]:
+    """(int, True) for `int | None`, (int, False) for `int`."""
+    options = typing.get_args(hint)
+    if type(None) not in options:
+        return hint, False
+    (kind,) = (one for one in options if one is not type(None))
+    return kind, True
+
+
+def _parsed(kind: Any, value: str, name: str) -> Any:
+    """A setting's text as the type that its field is declared with."""
     if kind is bool:
         if value.lower() not in ("true", "false"):
             raise UsageError(f"{name} must be true or false, got {value!r}")
         return value.lower() == "true"
-    if kind is tuple:
-        return tuple(one for one in value.split(",") if one)
+    if typing.get_origin(kind) is tuple:
+        item = typing.get_args(kind)[0]
+        return tuple(_parsed(item, one, name) for one in value.split(",") if one)
+    if typing.get_origin(kind) is Literal:
+        return value  # checked by the field's owner
     try:
         return kind(value)
     except ValueError:

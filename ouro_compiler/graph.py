@@ -51,7 +51,8 @@ class Site:
         """The node whose value is quantized."""
         if self.index < 0:
             return self.node
-        found = self.node.args[self.index]
+        args = self.node.args
+        found = args[self.index] if self.index < len(args) else all_arguments(self.node)[self.index]
         assert isinstance(found, fx.Node)
         return found
 
@@ -77,12 +78,14 @@ class UniformParams:
     """A plain uniform quantizer, simulated by `ouro::fake_quantize`.
 
     scale, and zero_point where it is asymmetric, broadcast against (B, L, K): (1,), (L, 1) or (K,).
-    smooth (K,): what channels are divided by first.
+    smooth (K,): what channels are divided by first. rotation (K, K): what tokens are multiplied by
+    next, as by a linear's weight; an equal one is stored once for all sites that share the tensor.
     """
 
     scale: Tensor
     zero_point: Tensor | None = None
     smooth: Tensor | None = None
+    rotation: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +122,8 @@ SiteTable = Mapping[str, SiteParams]
 class Calibration:
     """What calibration found: parameters by site's name, and weights by their layer's.
 
-    A weight that is not there is quantized by clipping search (METHODS P5).
+    A linear's weight that is not there is quantized by clipping search (METHODS P5). Those of a
+    scan are called `layer.A` (of log(-A), (D, N)) and `layer.D` (1, D).
     """
 
     sites: SiteTable = field(default_factory=dict)

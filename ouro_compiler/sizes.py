@@ -11,6 +11,7 @@ from ouro_compiler.ops import QUANTIZERS
 LINEAR, HEAD, CONVOLUTION = "linear weights", "heads", "convolutions"
 SSM, WEIGHT_SCALES = "SSM parameters", "weight scales"
 ACTIVATION_SCALES, OTHER = "activation scales", "norms, embeddings, biases"
+ROTATIONS = "rotations"
 
 _OURO = torch.ops.ouro
 _CONVOLUTIONS = (
@@ -21,6 +22,7 @@ _CONVOLUTIONS = (
     aten.conv1d.padding,
     aten.conv2d.padding,
 )
+_BY_NAME = (".rotation", ".smooth")
 # On the way from a constant to what reads it.
 _TRANSPARENT = (aten.exp.default, aten.neg.default, aten.select.int, aten.to.dtype)
 
@@ -41,7 +43,9 @@ def bytes_by_part(gm: fx.GraphModule, *, as_half: bool = False) -> dict[str, int
 
 
 def _part(constant: fx.Node) -> str:
-    node = constant
+    node, name = constant, str(constant.target)
+    if name.endswith(_BY_NAME):
+        return ROTATIONS if name.endswith(".rotation") else ACTIVATION_SCALES
     while True:
         user = next(iter(node.users), None)
         if user is None:
@@ -53,6 +57,8 @@ def _part(constant: fx.Node) -> str:
 
 
 def _part_by_reader(user: fx.Node, operand: fx.Node) -> str:
+    if is_op(user, _OURO.fake_quantize.default):
+        return ACTIVATION_SCALES
     index = next((i for i, arg in enumerate(user.args) if arg is operand), -1)
     if is_op(user, *QUANTIZERS, _OURO.dequantize_dynamic_outlier.default):
         names = [one.name for one in user.target._schema.arguments]  # type: ignore[union-attr]

@@ -60,12 +60,13 @@ def shown(resolution: Sequence[int]) -> str:
 
 
 def image_of_other_resolution(
-    images: Images, shape: Sequence[int], inlier_scale: InlierScale
+    images: Images, shape: Sequence[int], inlier_scale: InlierScale | None
 ) -> Tensor | None:
     """One calibration image (1, C, H, W) if its resolution is not the model's, else None.
 
-    shape: the model's input (B, C, H, W). Raises UsageError for images that are none of the
-    model's, and where scales per time step, whose number depends on the resolution, rule it out.
+    shape: the model's input (B, C, H, W). inlier_scale: None for a recipe that always has scales
+    per time step. Raises UsageError for images that are none of the model's, and where scales per
+    time step, whose number depends on the resolution, rule it out.
     """
     image = next(iter(images.batches(1)), None)
     if image is None or image.shape[1:] == shape[1:]:
@@ -75,12 +76,12 @@ def image_of_other_resolution(
             f"the calibration images have shape {_shape(image.shape)}, the model takes "
             f"{_shape(shape)}: pass images in the model's own shape"
         )
-    if inlier_scale == "per_time_step":
+    if inlier_scale != "per_tensor":
         theirs, ours = shown(image.shape[2:]), shown(shape[2:])
+        other = ", or choose one scale a site (inlier_scale per_tensor)" if inlier_scale else ""
         raise UsageError(
             f"the calibration images are {theirs} and the model is compiled for {ours}: scales per "
-            f"time step belong to one resolution, so calibrate on images of {ours}, or choose one "
-            "scale a site (inlier_scale per_tensor)"
+            f"time step belong to one resolution, so calibrate on images of {ours}{other}"
         )
     return image
 

@@ -95,7 +95,8 @@ class SiteObserver:
     def qparams(self) -> QParams:
         """Scales by clipping search; thresholds by median of mean + kappa deviations.
 
-        One for all time steps: of all their values, and the median of their thresholds.
+        One for all time steps: of all their values, and the median of their thresholds. That
+        median is also the threshold of the `scalar` rule, raised where a step's range is wider.
         """
         bits, zero_point = self.site.bits, None
         histogram, low, high = self.histogram, self.low, self.high
@@ -113,7 +114,7 @@ class SiteObserver:
             means, deviations = torch.cat(self.means), torch.cat(self.deviations)
             centre = means if middle is None else (means - middle).abs()
             bound = (centre + self.site.kappa * deviations).median(0).values
-            if self.pooled:
+            if self.pooled or self.spec.threshold == "scalar":
                 bound = bound.median()
             threshold = round_to_half(torch.maximum(bound, THRESHOLD_MARGIN * limit))
         return QParams(

@@ -98,6 +98,17 @@ def logarithmic_from_histogram(counts: Tensor, values: Tensor, bits: int) -> tup
     return best
 
 
+def percentile_from_histogram(histogram: Tensor, peak: float, share: float) -> float:
+    """The value below which `share` of a histogram (BINS,) over [0, peak] lies, within a bin."""
+    if share >= 1 or peak == 0:
+        return peak
+    total = histogram.double().cumsum(0)
+    wanted = share * float(total[-1])
+    index = min(int(torch.searchsorted(total, wanted)), histogram.numel() - 1)
+    inside = (wanted - float(total[index] - histogram[index])) / max(1.0, float(histogram[index]))
+    return peak * (index + min(1.0, inside)) / histogram.numel()
+
+
 def asymmetric_from_histogram(
     histogram: Tensor, low: Tensor, high: Tensor, bits: int
 ) -> tuple[Tensor, Tensor]:

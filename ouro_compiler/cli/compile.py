@@ -117,7 +117,7 @@ def _check(request: CompileRequest) -> None:
 
     if request.max_drop is not None and request.verify is None:
         raise UsageError("--max-drop needs --verify DATA to measure a drop on")
-    find_recipe(request.config.recipe)
+    find_recipe(request.config.recipe).configure(request.config)
     check_calibration(request.calibration, request.iterations)
     if request.precompile is not None:
         from ouro_compiler.kernels.offline import parse_architectures

@@ -19,6 +19,7 @@ _STYLES = {
     **dict.fromkeys(QUANTIZER_NAMES, _QUANTIZE),
     "ouro.dequantize_dynamic_outlier": _QUANTIZE,
     "ouro.dequantize_weight": _QUANTIZE,
+    "ouro.fake_quantize": _QUANTIZE,
     "ouro.linear_dynamic_outlier": {"fillcolor": "#bbdefb"},
     "ouro.quantized_selective_scan": {"fillcolor": "#c8e6c9"},
     "ouro.selective_scan": {"fillcolor": "#c8e6c9"},

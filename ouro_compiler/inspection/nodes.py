@@ -15,12 +15,14 @@ from ouro_compiler.ops import QUANTIZERS
 
 NODES_SCHEMA_VERSION = 1
 QUANTIZER_NAMES = tuple(str(op).removesuffix(".default") for op in QUANTIZERS)
+_FAKE_QUANTIZE = torch.ops.ouro.fake_quantize.default
 # The operand that holds a quantized node's scales.
 _SCALED = {
     **dict.fromkeys(QUANTIZER_NAMES, "inlier_scale"),
     "ouro.dequantize_dynamic_outlier": "inlier_scale",
     "ouro.linear_dynamic_outlier": "weight_scale",
     "ouro.dequantize_weight": "weight_scale",
+    "ouro.fake_quantize": "scale",
 }
 
 
@@ -79,7 +81,14 @@ def _quantization(
     if is_op(node, *QUANTIZERS):
         found["site"] = node.meta.get("ouro_site") or site_name(node)
         found["outlier_share"] = shares.get(found["site"])
+    if is_op(node, _FAKE_QUANTIZE):
+        found["site"] = node.meta.get("ouro_site") or _uniform_site(node)
     return found
+
+
+def _uniform_site(node: fx.Node) -> str:
+    """The site of a simulated quantizer, from the name of its scale."""
+    return str(argument(node, "scale").target).removesuffix(".activation_scale")
 
 
 def _kernel(op: str) -> str:

@@ -21,15 +21,20 @@ _UPCASTING = frozenset(
         "causal_conv1d_quantize",
         "dequantize_dynamic_outlier",
         "dequantize_weight",
+        "fake_quantize",
         "gate_sum_quantize",
         "linear_dynamic_outlier",
         "quantize_dynamic_outlier",
+        "quantize_dynamic_outlier_variant",
         "quantize_static_outlier",
         "quantized_selective_scan",
         "selective_scan",
     )
 )
-_EXACT = (".inlier_scale", ".weight_scale", ".threshold", ".factor")
+_EXACT = (
+    *(".inlier_scale", ".weight_scale", ".threshold", ".factor"),
+    *(".activation_scale", ".zero_point", ".smooth", ".rotation"),
+)
 
 
 def store_as_half(gm: fx.GraphModule) -> list[str]:

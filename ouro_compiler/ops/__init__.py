@@ -9,6 +9,7 @@ from ouro_compiler.ops import (  # noqa: F401  (imported for registration)
     fused,
     linear,
     norm,
+    outlier_rules,
     packing,
     patched_scan,
     quantize,
@@ -20,6 +21,7 @@ from ouro_compiler.ops import (  # noqa: F401  (imported for registration)
 QUANTIZERS = (
     torch.ops.ouro.quantize_dynamic_outlier.default,
     torch.ops.ouro.quantize_static_outlier.default,
+    torch.ops.ouro.quantize_dynamic_outlier_variant.default,
     torch.ops.ouro.add_norm_quantize.default,
     torch.ops.ouro.causal_conv1d_quantize.default,
     torch.ops.ouro.gate_sum_quantize.default,

@@ -21,6 +21,7 @@ distance from the middle of the representable interval.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -93,29 +94,49 @@ def outlier_start_ref(
     """
     if trigger not in TRIGGERS:
         raise ValueError(f"trigger must be one of {', '.join(TRIGGERS)}, got {trigger!r}")
-    batch, length, channels = magnitude.shape
+    length = magnitude.shape[1]
     if reverse:
         magnitude, limit, threshold = magnitude.flip(1), limit.flip(0), threshold.flip(0)
     window = window_length(refresh_period, length)
-    count = -(-length // window)
-    padding = count * window - length
-    # A padded token has magnitude -1: it neither opens the gate nor reaches a threshold.
-    cells = torch.nn.functional.pad(magnitude, (0, 0, 0, padding), value=-1.0)
-    cells = cells.view(batch, count, window, channels)
     infinity = float("inf")
-    limits, thresholds = (
-        torch.nn.functional.pad(t, (0, padding), value=infinity).view(count, window, 1)
-        for t in (limit, threshold)
-    )
-    dtype = start_dtype(window)
+    thresholds = as_windows(threshold[None, :, None], window, infinity)
+
+    def reaches(position: int, cell: Tensor, unlisted: Tensor) -> Tensor:
+        del unlisted
+        return cell >= thresholds[:, :, position]
+
+    limits = as_windows(limit[None, :, None], window, infinity)
+    # A padded token has magnitude -1: it neither opens the gate nor reaches a threshold.
+    return grow_lists(as_windows(magnitude, window, -1.0), limits, reaches, trigger)
+
+
+def as_windows(values: Tensor, window: int, padding: float) -> Tensor:
+    """(B, L, K) cut along time: (B, J, window, K), the last window filled up with `padding`."""
+    missing = -values.shape[1] % window
+    padded = torch.nn.functional.pad(values, (0, 0, 0, missing), value=padding)
+    return padded.unflatten(1, (-1, window))
+
+
+def grow_lists(
+    cells: Tensor,
+    limits: Tensor,
+    reaches: Callable[[int, Tensor, Tensor], Tensor],
+    trigger: str,
+) -> Tensor:
+    """outlier_start (B, J, K) of magnitudes in windows (B, J, w, K), inlier limits (1, J, w, 1).
+
+    reaches(position, cell, unlisted), all (B, J, K): which magnitudes may join the list.
+    """
+    dtype = start_dtype(cells.shape[2])
     never = torch.iinfo(dtype).max
-    start = torch.full((batch, count, channels), never, dtype=dtype, device=magnitude.device)
+    batch, windows, window, channels = cells.shape
+    start = cells.new_full((batch, windows, channels), never, dtype=dtype)
     for position in range(window):
         cell = cells[:, :, position]
         unlisted = start == never
-        joins = unlisted & (cell >= thresholds[:, position])
+        joins = unlisted & reaches(position, cell, unlisted)
         if trigger != "always":
-            gate = (unlisted & (cell > limits[:, position])).any(-1, keepdim=True)
+            gate = (unlisted & (cell > limits[:, :, position])).any(-1, keepdim=True)
             joins &= gate.any() if trigger == "global_any" else gate
         start.masked_fill_(joins, position)
     return start
@@ -129,7 +150,7 @@ def listed_mask(outlier_start: Tensor, length: int, refresh_period: int, reverse
     return outlier_start.index_select(1, step // window) <= (step % window)[:, None]
 
 
-def _encode(
+def encode(
     x: Tensor,
     listed: Tensor,
     inlier_scale: Tensor,
@@ -191,7 +212,7 @@ def quantize_dynamic_outlier_ref(
     magnitude = x.abs() if middle is None else (x - middle[:, None]).abs()
     start = outlier_start_ref(magnitude, limit, threshold.float(), refresh_period, reverse)
     listed = listed_mask(start, x.shape[1], refresh_period, reverse)
-    codes, outlier_scale = _encode(x, listed, inlier_scale, zero, inlier_bits, outlier_bits)
+    codes, outlier_scale = encode(x, listed, inlier_scale, zero, inlier_bits, outlier_bits)
     return codes, outlier_scale, start
 
 
@@ -214,7 +235,7 @@ def quantize_static_outlier_ref(
     start[:, :, channels] = 0
     listed = listed_mask(start, x.shape[1], refresh_period, reverse)
     zero = None if zero_point is None else zero_point.float()
-    codes, outlier_scale = _encode(x, listed, inlier_scale, zero, inlier_bits, outlier_bits)
+    codes, outlier_scale = encode(x, listed, inlier_scale, zero, inlier_bits, outlier_bits)
     return codes, outlier_scale, start
 
 
@@ -257,7 +278,7 @@ def _fake_start(x: Tensor, refresh_period: int) -> Tensor:
     return x.new_empty((batch, -(-length // window), channels), dtype=start_dtype(window))
 
 
-def _fake_quantize(
+def fake_quantizer(
     x: Tensor,
     inlier_scale: Tensor,
     zero_point: Tensor | None,
@@ -287,7 +308,7 @@ for _kind, _list, _implementation in (
         f"quantize_{_kind}_outlier(Tensor x, Tensor inlier_scale, Tensor? zero_point, "
         f"Tensor {_list}, {_STATIC}) -> (Tensor, Tensor, Tensor)",
         implementation=_implementation,
-        fake=_fake_quantize,
+        fake=fake_quantizer,
     )
 define_op(
     "dequantize_dynamic_outlier(Tensor codes, Tensor inlier_scale, Tensor? zero_point, "

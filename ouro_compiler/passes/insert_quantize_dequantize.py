@@ -7,6 +7,10 @@
    `-exp(dequantize_weight(codes of log(-A)))`, one scale and zero point a channel; D is quantized
    with one symmetric scale.
 4. Consumers of one activation share one quantizer.
+5. A site of dynamic outliers whose list follows another rule than that of METHODS 3.3 (thresholds
+   from the token itself, a trigger that reads the whole batch) becomes
+   `quantize_dynamic_outlier_variant`. Triggers `gated` and `always` list the same channels where
+   the thresholds lie above the inlier range (METHODS 3.5), and stay the plain quantizer there.
 
 The graph still computes in floating point and is the simulation that later passes must equal.
 """
@@ -14,6 +18,7 @@ The graph still computes in floating point and is the simulation that later pass
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -31,18 +36,26 @@ from ouro_compiler.graph import (
     insert_call,
     is_op,
 )
-from ouro_compiler.ops.quantize import KEEP_FLOAT_BITS
+from ouro_compiler.ops.outlier_rules import RULES
+from ouro_compiler.ops.quantize import KEEP_FLOAT_BITS, inlier_interval
 from ouro_compiler.passes.base import PassContext
 from ouro_compiler.passes.quantized_parts import (
     as_tokens,
     constant,
     dequantized_weight,
     from_tokens,
+    replace_argument,
     replace_behind,
+    replace_scan_constants,
 )
 
 _OURO = torch.ops.ouro
 _DEQUANTIZE = _OURO.dequantize_dynamic_outlier.default
+_VARIANT = _OURO.quantize_dynamic_outlier_variant.default
+_GLOBAL_ANY = (
+    "trigger global_any is not batch invariant, reproduction only: what is an outlier in one image "
+    "depends on the others of its batch"
+)
 
 
 def insert_quantize_dequantize(gm: fx.GraphModule, ctx: PassContext) -> bool:
@@ -65,6 +78,8 @@ def insert_quantize_dequantize(gm: fx.GraphModule, ctx: PassContext) -> bool:
     if modified:
         gm.graph.eliminate_dead_code()
         delete_unused_constants(gm)
+        if any(is_op(node, _VARIANT) and node.args[9] == "global_any" for node in gm.graph.nodes):
+            ctx.notes.append(_GLOBAL_ANY)
     return modified
 
 
@@ -84,7 +99,7 @@ class _Inserter:
         if site.index == OUTPUT:
             replace_behind(source, made)
         else:
-            site.node.update_arg(site.index, made)
+            replace_argument(site.node, site.index, made)
 
     def _round_trip(self, site: Site, params: QParams) -> fx.Node:
         """Nodes right after the site's source: to tokens (B, L, K), quantize, dequantize."""
@@ -101,13 +116,8 @@ class _Inserter:
                 before, f"{site.name}.zero_point", params.zero_point.to(torch.uint8)
             )
         static = (site.bits, self.spec.outlier_bits, self.spec.refresh_period, site.reverse)
-        if params.channels is not None:
-            rule = self._constant(before, f"{site.name}.channels", params.channels)
-            op = _OURO.quantize_static_outlier.default
-        else:
-            rule = self._constant(before, f"{site.name}.threshold", params.threshold)
-            op = _OURO.quantize_dynamic_outlier.default
-        quantize = insert_call(graph, before, op, x, scale, zero, rule, *static)
+        op, listing, rule = self._listing(site, params, before)
+        quantize = insert_call(graph, before, op, x, scale, zero, listing, *static, *rule)
         quantize.meta["ouro_site"] = site.name
         codes, outlier_scale, start = (
             insert_call(graph, before, operator.getitem, quantize, index) for index in range(3)
@@ -116,6 +126,32 @@ class _Inserter:
         return insert_call(
             graph, before, _DEQUANTIZE, codes, scale, zero, outlier_scale, start, kept, *static
         )
+
+    def _listing(
+        self, site: Site, params: QParams, before: fx.Node
+    ) -> tuple[Any, fx.Node | None, tuple[Any, ...]]:
+        """The quantizer, the constant that its list is found with, and its last arguments."""
+        if params.channels is not None:
+            channels = self._constant(before, f"{site.name}.channels", params.channels)
+            return _OURO.quantize_static_outlier.default, channels, ()
+        spec = self.spec
+        rule = spec.threshold if spec.threshold in RULES else "static"
+        threshold = None
+        if rule == "static" or not self._is_variant(site, params):
+            threshold = self._constant(before, f"{site.name}.threshold", params.threshold)
+        if not self._is_variant(site, params):
+            return _OURO.quantize_dynamic_outlier.default, threshold, ()
+        return _VARIANT, threshold, (rule, spec.trigger, site.kappa)
+
+    def _is_variant(self, site: Site, params: QParams) -> bool:
+        """Rule 5; the site may have outliers, and they are dynamic."""
+        spec = self.spec
+        if spec.outliers != "dynamic" or not site.split:
+            return False
+        if spec.threshold in RULES or spec.trigger == "global_any":
+            return True
+        limit = inlier_interval(params.scale, params.zero_point, site.bits)[1]
+        return spec.trigger == "always" and not bool((params.threshold > limit).all())
 
     def quantize_linear_weight(self, site: Site) -> None:
         weight = self.calibration.weights.get(site.layer)
@@ -131,15 +167,15 @@ class _Inserter:
         A = get_constant(self.gm, arguments[2])
         assert A is not None
         codes, scale, zero = quantize_rows_asymmetric(torch.log(-A.float()), self.weight_bits)
-        weight = QWeight(codes=codes, scale=scale, zero_point=zero)
-        log_a = self._dequantized(scan, f"{site.layer}.A", weight)
-        exp = insert_call(self.gm.graph, scan, aten.exp.default, log_a)
-        arguments[2] = insert_call(self.gm.graph, scan, aten.neg.default, exp)
         D = get_constant(self.gm, arguments[5])
-        if D is not None:
-            row = self._dequantized(scan, f"{site.layer}.D", self._searched(D.view(1, -1)))
-            arguments[5] = insert_call(self.gm.graph, scan, aten.select.int, row, 0, 0)
-        scan.args, scan.kwargs = tuple(arguments), {}
+        replace_scan_constants(
+            self.gm,
+            scan,
+            site.layer,
+            log_a=QWeight(codes=codes, scale=scale, zero_point=zero),
+            skip=None if D is None else self._searched(D.view(1, -1)),
+            bits=self.weight_bits,
+        )
 
     def _searched(self, weight: Tensor) -> QWeight:
         codes, scale = quantize_weight(weight, self.weight_bits)

@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from ouro_compiler.graph import QWeight, add_constant, aten, insert_call, value_of
+from ouro_compiler.graph import (
+    QWeight,
+    add_constant,
+    all_arguments,
+    aten,
+    insert_call,
+    value_of,
+)
 
 
 def constant(gm: fx.GraphModule, before: fx.Node, name: str, value: Tensor) -> fx.Node:
@@ -32,6 +39,34 @@ def dequantized_weight(
         bits,
         weight.codes.shape[1],
     )
+
+
+def replace_argument(node: fx.Node, index: int, value: fx.Node) -> None:
+    """Give an op another operand, wherever the call has it: by position or by name."""
+    if index >= len(node.args):
+        node.args, node.kwargs = tuple(all_arguments(node)), {}
+    node.update_arg(index, value)
+
+
+def replace_scan_constants(
+    gm: fx.GraphModule,
+    scan: fx.Node,
+    layer: str,
+    *,
+    log_a: QWeight | None,
+    skip: QWeight | None,
+    bits: int,
+) -> None:
+    """A scan's A becomes -exp of quantized log(-A) (D, N), its D a quantized row (1, D)."""
+    arguments = all_arguments(scan)
+    if log_a is not None:
+        a = dequantized_weight(gm, scan, f"{layer}.A", log_a, bits)
+        exp = insert_call(gm.graph, scan, aten.exp.default, a)
+        arguments[2] = insert_call(gm.graph, scan, aten.neg.default, exp)
+    if skip is not None:
+        row = dequantized_weight(gm, scan, f"{layer}.D", skip, bits)
+        arguments[5] = insert_call(gm.graph, scan, aten.select.int, row, 0, 0)
+    scan.args, scan.kwargs = tuple(arguments), {}
 
 
 def as_tokens(graph: fx.Graph, before: fx.Node, node: fx.Node) -> fx.Node:

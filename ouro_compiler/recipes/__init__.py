@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from ouro_compiler.errors import UsageError
-from ouro_compiler.recipes import ouromamba
-from ouro_compiler.recipes.base import Recipe
+from ouro_compiler.recipes import ouromamba, ptq4vm, quamba
+from ouro_compiler.recipes.base import Recipe, without_outliers
 
 _ALL = (
     Recipe(
@@ -12,6 +14,7 @@ _ALL = (
         summary="static inlier scales per time step, dynamic outlier channels (the default)",
         plan=ouromamba.plan,
         calibrate=ouromamba.calibrate_sites,
+        configure=ouromamba.configure,
         resizable=True,
     ),
     Recipe(
@@ -19,7 +22,22 @@ _ALL = (
         summary="static scales per time step, no outliers",
         plan=ouromamba.plan,
         calibrate=ouromamba.calibrate_sites,
-        configure=ouromamba.without_outliers,
+        configure=partial(without_outliers, recipe="rtn"),
+        resizable=True,
+    ),
+    Recipe(
+        name="ptq4vm",
+        summary="smoothed channels, static scales per token, no outliers; scans in floating point",
+        plan=ptq4vm.plan,
+        calibrate=ptq4vm.calibrate_sites,
+        configure=ptq4vm.configure,
+    ),
+    Recipe(
+        name="quamba",
+        summary="one static scale a tensor, a percentile for the scan's input, a rotated output",
+        plan=quamba.plan,
+        calibrate=quamba.calibrate_sites,
+        configure=quamba.configure,
         resizable=True,
     ),
 )

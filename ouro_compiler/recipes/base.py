@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -10,7 +11,8 @@ from torch import fx
 
 from ouro_compiler.calibration.calibrate import Progress
 from ouro_compiler.calibration.images import Images
-from ouro_compiler.config import QuantConfig
+from ouro_compiler.config import DynamicOutlierSpec, QuantConfig
+from ouro_compiler.errors import UsageError
 from ouro_compiler.graph import Calibration
 from ouro_compiler.recipes.planning import Plan
 
@@ -44,3 +46,23 @@ class Recipe:
     calibrate: Calibrate
     configure: Callable[[QuantConfig], QuantConfig] = lambda config: config
     resizable: bool = False
+
+
+def without_outliers(config: QuantConfig, recipe: str) -> QuantConfig:
+    """The same without outliers, whose bits and rules then mean nothing.
+
+    Raises UsageError where rules for them were asked for.
+    """
+    refuse_outlier_rules(config, f"recipe {recipe} has none")
+    return dataclasses.replace(
+        config, activations=dataclasses.replace(config.activations, outliers="none")
+    )
+
+
+def refuse_outlier_rules(config: QuantConfig, why: str) -> None:
+    """Raise UsageError if a rule for dynamic outliers is set that nothing would read."""
+    spec = config.activations
+    for name in ("threshold", "trigger"):
+        if getattr(spec, name) != getattr(DynamicOutlierSpec(), name):
+            value = getattr(spec, name)
+            raise UsageError(f"{name} {value} is a rule for dynamic outliers, and {why}")

@@ -17,15 +17,16 @@ from ouro_compiler.calibration.calibrate import Progress, calibrate
 from ouro_compiler.calibration.images import Images
 from ouro_compiler.config import QuantConfig
 from ouro_compiler.graph import DECAY, INPUT, OUTPUT, STATE, Calibration, Site, all_arguments
+from ouro_compiler.recipes.base import refuse_outlier_rules
 from ouro_compiler.recipes.planning import (
     Chosen,
     Layer,
     Plan,
-    is_token_linear,
     linear_refusal,
     plan_graph,
     scan_refusal,
     skip_convolution,
+    skip_head,
 )
 
 _FULL = (
@@ -59,17 +60,17 @@ def calibrate_sites(
     )
 
 
-def without_outliers(config: QuantConfig) -> QuantConfig:
-    """Static scales per time step and nothing else: the row "None" of the ablation, or rtn."""
-    return dataclasses.replace(
-        config, activations=dataclasses.replace(config.activations, outliers="none")
-    )
+def configure(config: QuantConfig) -> QuantConfig:
+    """Other thresholds and triggers are rules of dynamic outliers."""
+    if config.activations.outliers != "dynamic":
+        refuse_outlier_rules(config, f"outliers are {config.activations.outliers}")
+    return config
 
 
 def _plan_linear(layer: Layer) -> Chosen:
-    if not is_token_linear(layer):
-        reason = "its input is no token sequence (B, L, K): the recipe leaves heads alone"
-        return layer.skipped(reason), []
+    head = skip_head(layer)
+    if head is not None:
+        return head
     row = layer.selected(linear_refusal(layer))
     if row.status == "skipped":
         return row, []

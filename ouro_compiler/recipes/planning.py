@@ -179,6 +179,14 @@ def linear_refusal(layer: Layer) -> str | None:
     return None
 
 
+def skip_head(layer: Layer) -> Chosen | None:
+    """The row of a linear that reads no tokens, a classifier's head; None for others."""
+    if is_token_linear(layer):
+        return None
+    reason = "its input is no token sequence (B, L, K): the recipe leaves heads alone"
+    return layer.skipped(reason), []
+
+
 def is_token_linear(layer: Layer) -> bool:
     """Is a linear's input a token sequence (B, L, K)? Heads read (B, K)."""
     return int(value_of(layer.node.args[0]).dim()) == 3  # type: ignore[arg-type]
