@@ -12,6 +12,7 @@ from ouro_compiler.ops import (  # noqa: F401  (imported for registration)
     packing,
     patched_scan,
     quantize,
+    quantized_scan,
     selective_scan,
 )
 
