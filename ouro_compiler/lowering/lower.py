@@ -16,7 +16,10 @@ from ouro_compiler.lowering.storage import store_as_half
 from ouro_compiler.report import KernelRow, LayerRow
 
 _LINEAR = torch.ops.ouro.linear_dynamic_outlier.default
-_SCAN = torch.ops.ouro.selective_scan.default
+_SCANS = (
+    torch.ops.ouro.selective_scan.default,
+    torch.ops.ouro.quantized_selective_scan.default,
+)
 
 
 def lower(
@@ -39,7 +42,7 @@ def lower(
                 rule.lower(gm, node)
             elif layer is not None:
                 refused[layer] = reason
-        if layer is not None and is_op(node, _LINEAR, _SCAN):
+        if layer is not None and is_op(node, _LINEAR, *_SCANS):
             lowered.add(layer)
         elif layer is not None:
             simulated.add(layer)
@@ -72,6 +75,6 @@ def kernel_rows(gm: fx.GraphModule, target: Target) -> tuple[list[KernelRow], di
         )
         row.nodes += 1
         layer = plan.node.meta.get("ouro_layer")
-        if layer is not None and is_op(plan.node, _LINEAR, _SCAN):
+        if layer is not None and is_op(plan.node, _LINEAR, *_SCANS):
             by_layer[layer] = plan.kernel
     return list(rows.values()), by_layer

@@ -28,7 +28,11 @@ _UPCASTING = frozenset(
         "selective_scan",
     )
 )
-_EXACT = (".inlier_scale", ".weight_scale", ".threshold")
+_EXACT = (
+    *(".inlier_scale", ".weight_scale", ".threshold", ".scale"),
+    *(".decay_scale", ".input_scale", ".input_threshold"),
+    *(".state_scale", ".state_threshold", ".state_factor"),
+)
 
 
 def store_as_half(gm: fx.GraphModule) -> list[str]:

@@ -1,7 +1,9 @@
 """insert_fake_quantize: the quantizers of simulated recipes, which compute in floating point.
 
 1. What a site names, an argument or (OUTPUT) a node's result, becomes `fake_quantize(x / smooth)`.
-2. The weight of a layer with a linear's site becomes `dequantize_weight(codes)`.
+2. The weight of a linear with a site becomes `dequantize_weight(codes)`, and so does that of a
+convolution if calibration has it, in its own shape. A bias that comes with a weight takes its
+place.
 3. Consumers of one site's name share one quantizer.
 
 Sites with other parameters are `insert_quantize_dequantize`'s.
@@ -45,7 +47,8 @@ def insert_fake_quantize(gm: fx.GraphModule, ctx: PassContext) -> bool:
         if not isinstance(params, UniformParams) or site.index in done:
             continue
         _quantize(gm, site, params, quantized)
-        if is_op(site.node, aten.linear.default) and not site.node.meta.get("ouro_weight"):
+        linear = is_op(site.node, aten.linear.default)
+        if linear or (site.kind == "conv" and site.layer in ctx.calibration.weights):
             _quantize_weight(gm, site, ctx)
         site.node.meta["ouro_sites"] = done | {site.index}
         site.node.meta["ouro_layer"] = site.layer
@@ -98,13 +101,20 @@ def _round_trip(gm: fx.GraphModule, site: Site, params: UniformParams) -> fx.Nod
 
 
 def _quantize_weight(gm: fx.GraphModule, site: Site, ctx: PassContext) -> None:
+    layer = site.node
+    if layer.meta.get("ouro_weight"):
+        return
     bits = ctx.config.weights.bits
     found = ctx.calibration.weights.get(site.layer)
+    weight = get_constant(gm, layer.args[1])
+    assert weight is not None
     if found is None:
-        weight = get_constant(gm, site.node.args[1])
-        assert weight is not None
         codes, scale = quantize_weight(weight, bits)
         found = QWeight(codes=codes, scale=scale)
-    node = dequantized_weight(gm, site.node, site.layer, found, bits)
-    site.node.update_arg(1, node)
-    site.node.meta["ouro_weight"] = True
+    node = dequantized_weight(gm, layer, site.layer, found, bits)
+    if weight.dim() != 2:
+        node = insert_call(gm.graph, layer, aten.reshape.default, node, list(weight.shape))
+    layer.update_arg(1, node)
+    if found.bias is not None:
+        layer.update_arg(2, constant(gm, layer, f"{site.layer}.corrected_bias", found.bias))
+    layer.meta["ouro_weight"] = True

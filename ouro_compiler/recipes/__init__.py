@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ouro_compiler.errors import UsageError
-from ouro_compiler.recipes import ouromamba
+from ouro_compiler.recipes import ouromamba, qmamba
 from ouro_compiler.recipes.base import Recipe
 
 _ALL = (
@@ -21,6 +21,12 @@ _ALL = (
         calibrate=ouromamba.calibrate_sites,
         configure=ouromamba.without_outliers,
         resizable=True,
+    ),
+    Recipe(
+        name="qmamba",
+        summary="log-coded decays, states scaled by groups of time steps (simulated)",
+        plan=qmamba.plan,
+        calibrate=qmamba.calibrate_sites,
     ),
 )
 RECIPES: dict[str, Recipe] = {one.name: one for one in _ALL}
