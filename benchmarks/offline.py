@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.registry import Row, suite
-from ouro_compiler.kernels import linear, quantize, scan
+from ouro_compiler.kernels import linear, quantize, quantized_scan, scan
 from ouro_compiler.kernels.launch import Launch, record_launches
 from ouro_compiler.kernels.offline import compile_ahead, parse_architectures
 from ouro_compiler.kernels.spec import Template
@@ -93,6 +93,29 @@ def scan_case(
     )
 
 
+def quantized_scan_case(
+    channels: int,
+    states: int,
+    *,
+    dtype: torch.dtype = FULL,
+    logarithmic: bool = False,
+    outlier_bits: int = 8,
+    factor: bool = False,
+) -> None:
+    """Launch a scan with a quantized recurrence, its gate included."""
+    B, C = (torch.empty(BATCH, LENGTH, states, dtype=dtype).transpose(1, 2) for _ in range(2))
+    quantized_scan.quantized_selective_scan(
+        *(_tokens(channels, dtype), _tokens(channels, dtype), torch.empty(channels, states)),
+        *(B, C, torch.empty(channels), _tokens(channels, dtype)),
+        None if logarithmic else _scales()[0],
+        *_scales(),
+        *_scales(),
+        torch.empty(channels, states) if factor else None,
+        *(0.5, 2) if logarithmic else (0.0, 0),
+        *(4, outlier_bits, PERIOD, False, False),
+    )
+
+
 def quantizer_cases(channels: int) -> None:
     """Launch every quantizer on rows of `channels`, and the dequantizer."""
     static = (4, 8, PERIOD, False)
@@ -141,6 +164,10 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     yield "scan N=16 gate, softplus", _bind(scan_case, 384, 16, whole=True)
     yield "scan N=16 reverse", _bind(scan_case, 384, 16, reverse=True)
     yield "scan N=1 4 groups", _bind(scan_case, 384, 1, groups=4)
+    for states in (16, 8, 1):
+        yield f"scan N={states} quantized", _bind(quantized_scan_case, 384, states)
+    yield "scan N=16 log2", _bind(quantized_scan_case, 384, 16, logarithmic=True)
+    yield "scan N=16 fp outliers", _bind(quantized_scan_case, 384, 16, outlier_bits=16)
     for channels in (192, 384, 768, 1536):
         yield f"K={channels}", _bind(quantizer_cases, channels)
     yield "conv", _bind(conv_case, 384)

@@ -13,6 +13,7 @@ from ouro_compiler.kernels.cpp import (
     norm,
     patched_scan,
     quantize,
+    quantized_scan,
     scan,
     scan_backward,
 )
@@ -28,6 +29,7 @@ from ouro_compiler.ops.quantize import (
     quantize_dynamic_outlier_ref,
     quantize_static_outlier_ref,
 )
+from ouro_compiler.ops.quantized_scan import quantized_selective_scan_ref
 from ouro_compiler.ops.selective_scan import selective_scan_implementation
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
@@ -72,6 +74,11 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
         scan_backward.selective_scan_backward,
         selective_scan_backward,
         scan_backward.refuse_scan_backward,
+    ),
+    "quantized_selective_scan": Implementation(
+        quantized_scan.quantized_selective_scan,
+        quantized_selective_scan_ref,
+        quantized_scan.refuse_quantized_scan,
     ),
     "patched_scan": Implementation(
         patched_scan.patched_scan, patched_scan_implementation, patched_scan.refuse_patched_scan

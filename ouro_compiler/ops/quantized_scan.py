@@ -26,6 +26,7 @@ state: it is h / `state_factor` (D, N) that is quantized, if there is a factor, 
 from __future__ import annotations
 
 import math
+import struct
 from typing import Any
 
 import torch
@@ -49,7 +50,10 @@ NAME = "quantized_selective_scan"
 
 def log2_offset(limit: float, steps: int) -> float:
     """r log2(s), as the fp32 number that codes of a logarithmic decay are counted from."""
-    return float(torch.tensor(steps * math.log2(limit), dtype=torch.float32)) if steps else 0.0
+    if not steps:
+        return 0.0
+    (rounded,) = struct.unpack("f", struct.pack("f", steps * math.log2(limit)))
+    return float(rounded)
 
 
 def quantized_selective_scan_ref(

@@ -15,7 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.offline import conv_case, linear_case, quantizer_cases, recorded, scan_case
+from benchmarks.offline import (
+    conv_case,
+    linear_case,
+    quantized_scan_case,
+    quantizer_cases,
+    recorded,
+    scan_case,
+)
 from ouro_compiler.errors import UsageError
 from ouro_compiler.kernels.launch import Launch
 from ouro_compiler.kernels.offline import (
@@ -138,6 +145,23 @@ def test_scan_variants_and_conv(arch: int) -> None:
         found = compiled(recorded(lambda options=options: scan_case(384, 16, **options)), arch)  # type: ignore[misc]
         assert found[0].registers <= 96
     assert compiled(recorded(lambda: conv_case(384)), arch)[0].registers <= 96
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_quantized_scan(arch: int) -> None:
+    """Sixteen states with their decays and inputs: twice a plain scan's registers, no spills."""
+    for options, cap in (
+        ({"states": 16}, 144),
+        ({"states": 16, "logarithmic": True}, 144),
+        ({"states": 8, "factor": True}, 96),
+        ({"states": 1}, 64),
+    ):
+        launches = recorded(lambda options=options: quantized_scan_case(384, **options))  # type: ignore[misc]
+        (found,) = compiled(launches, arch)
+        assert found.registers <= cap, options
+        assert found.shared_bytes == 0, "the largest state of a channel needs no shuffles"
+        assert found.exact_division
+        assert not launches[0].spec.fp_fusion
 
 
 def test_what_was_compiled_ahead_is_found() -> None:
