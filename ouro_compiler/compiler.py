@@ -141,7 +141,7 @@ def prepare(gm: fx.GraphModule, config: QuantConfig) -> Plan:
     run_passes(gm, NORMALIZE, context)
     recipe = find_recipe(config.recipe)
     plan = recipe.plan(gm, recipe.configure(config))
-    plan.notes = context.notes
+    plan.notes[:0] = context.notes
     return plan
 
 

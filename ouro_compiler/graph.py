@@ -88,8 +88,8 @@ class ScanParams:
 
     Vectors over time are (L,), indexed by token; state_factor is (D, N). A quantizer without a
     scale is absent. step, output and gate quantize what the op takes or leaves in floating point:
-    Delta after softplus (B, D, L), y before D u, and silu(z); with `output` or `gate` D u and the
-    gate are computed behind the scan.
+    Delta after softplus (B, D, L), y before D u, and silu(z); `smooth` of these divides before and
+    multiplies after. With `output` or `gate` D u and the gate are computed behind the scan.
     """
 
     bits: int

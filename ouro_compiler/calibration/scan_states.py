@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -56,6 +57,18 @@ class ScanInputs:
     def length(self) -> int:
         """Time steps L."""
         return self.u.shape[2]
+
+    def first(self, count: int) -> ScanInputs:
+        """The same of the first samples."""
+        some = slice(count)
+        return dataclasses.replace(
+            self,
+            u=self.u[some],
+            step=self.step[some],
+            B=self.B[some],
+            C=self.C[some],
+            z=None if self.z is None else self.z[some],
+        )
 
     def arriving(self, t: int) -> Tensor:
         """Delta B (B, D, N) of token t."""

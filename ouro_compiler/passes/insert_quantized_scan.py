@@ -90,10 +90,15 @@ class _Inserter:
     def _quantized(self, x: fx.Node, name: str, params: UniformParams | None) -> fx.Node:
         if params is None:
             return x
+        smooth = None
+        if params.smooth is not None:
+            smooth = self._constant(f"{name}.smooth", params.smooth)
+            x = self._call(aten.div.Tensor, x, smooth)
         scale = self._constant(f"{name}.scale", params.scale)
         zero = params.zero_point
         zero_point = None if zero is None else self._constant(f"{name}.zero_point", zero)
-        return self._call(_FAKE_QUANTIZE, x, scale, zero_point, self.params.bits)
+        x = self._call(_FAKE_QUANTIZE, x, scale, zero_point, self.params.bits)
+        return x if smooth is None else self._call(aten.mul.Tensor, x, smooth)
 
     def _vector(self, name: str) -> fx.Node | None:
         value: Tensor | None = getattr(self.params, name)

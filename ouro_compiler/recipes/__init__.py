@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ouro_compiler.errors import UsageError
-from ouro_compiler.recipes import ouromamba, qmamba
+from ouro_compiler.recipes import ksq, ouromamba, qmamba
 from ouro_compiler.recipes.base import Recipe
 
 _ALL = (
@@ -27,6 +27,12 @@ _ALL = (
         summary="log-coded decays, states scaled by groups of time steps (simulated)",
         plan=qmamba.plan,
         calibrate=qmamba.calibrate_sites,
+    ),
+    Recipe(
+        name="ksq",
+        summary="outputs scaled by clusters, reparameterized states (simulated)",
+        plan=ksq.plan,
+        calibrate=ksq.calibrate_sites,
     ),
 )
 RECIPES: dict[str, Recipe] = {one.name: one for one in _ALL}
