@@ -27,6 +27,8 @@ def kmeans(values: Tensor, count: int) -> Tensor:
     Equal values share a cluster, so there may be fewer. Time grows with count * n^2, in n * count
     operations on vectors.
     """
+    if count == 1:
+        return torch.zeros(len(values), dtype=torch.int64)
     points, inverse, weight = torch.unique(
         values.double(), sorted=True, return_inverse=True, return_counts=True
     )
@@ -57,3 +59,9 @@ def kmeans(values: Tensor, count: int) -> Tensor:
         ids[begin_at:end] = cluster
         end = begin_at
     return ids[inverse]
+
+
+def group_peaks(peak: Tensor, ids: Tensor) -> Tensor:
+    """The largest of the magnitudes peak (n,) in each group, (G,), of ids (n,)."""
+    most = torch.zeros(int(ids.max()) + 1)
+    return most.scatter_reduce(0, ids, peak.float(), "amax")

@@ -54,7 +54,7 @@ def _scan_rows(layer: str, params: ScanParams) -> Iterator[SiteRow]:
                 name=f"{layer}.{name}",
                 bits=params.bits,
                 outlier_bits=None if threshold is None else params.outlier_bits,
-                reverse=layer.endswith("_reverse"),
+                reverse=layer.rpartition(".")[2].startswith("selective_scan_reverse"),
                 scale_min=float(scale.min()),
                 scale_median=float(scale.median()),
                 scale_max=float(scale.max()),

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ouro_compiler.calibration.clusters import group_peaks
 from ouro_compiler.calibration.search import BINS, symmetric_from_histogram
 from ouro_compiler.graph import ScanParams
 from ouro_compiler.ops.activations import softplus
@@ -134,7 +135,8 @@ class ScanObserver:
 
     def observe_histogram(self, scan: ScanInputs) -> None:
         """Round 2."""
-        input_peak, state_peak = (self._by_group(p) for p in (self.input_peak, self.state_peak))
+        input_peak = group_peaks(self.input_peak, self.groups)
+        state_peak = group_peaks(self.state_peak, self.groups)
         for t, h in scan.states():
             g = int(self.groups[t])
             for histogram, values, peak in (
@@ -155,14 +157,9 @@ class ScanObserver:
             (self.input_histogram, self.input_peak),
             (self.state_histogram, self.state_peak),
         ):
-            scale = symmetric_from_histogram(histogram, self._by_group(peak), bits)
+            scale = symmetric_from_histogram(histogram, group_peaks(peak, self.groups), bits)
             found.append(scale[self.groups])
         return found[0], found[1]
-
-    def _by_group(self, peak: Tensor) -> Tensor:
-        """The largest value (G,) of each group's tokens."""
-        most = torch.zeros(int(self.groups.max()) + 1)
-        return most.scatter_reduce(0, self.groups, peak, "amax")
 
     def _sample(self, scan: ScanInputs) -> None:
         batch, channels, length = scan.step.shape

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ouro_compiler.calibration.clusters import kmeans
+from ouro_compiler.calibration.clusters import group_peaks, kmeans
 from ouro_compiler.calibration.search import round_to_half
 from ouro_compiler.graph import QWeight
 from ouro_compiler.ops.fake_quantize import fake_quantize_ref
@@ -58,8 +58,7 @@ def largest_step(peak: Tensor, bits: int) -> Tensor:
 def clustered(mean: Tensor, peak: Tensor, count: int, bits: int, *, tokens: bool = False) -> Steps:
     """Clusters of mean magnitudes (n,), steps by the largest magnitude (n,) in each."""
     ids = kmeans(mean, count)
-    most = torch.zeros(int(ids.max()) + 1).scatter_reduce(0, ids, peak.float(), "amax")
-    return Steps(ids=ids, steps=largest_step(most, bits), tokens=tokens)
+    return Steps(ids=ids, steps=largest_step(group_peaks(peak, ids), bits), tokens=tokens)
 
 
 def to_powers_of_two(steps: Tensor) -> Tensor:
