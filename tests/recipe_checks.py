@@ -7,17 +7,45 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 import ouro_compiler as ouro
+from ouro_compiler.calibration.images import TensorImages
 from ouro_compiler.config import QuantConfig
 from ouro_compiler.evaluation import snr_db
+from ouro_compiler.frontend.capture import capture
 from ouro_compiler.frontend.checkpoint import load_model
+from ouro_compiler.graph import Calibration
 from ouro_compiler.models.vmamba import VMambaConfig
+from ouro_compiler.passes import NORMALIZE
+from ouro_compiler.passes.base import PassContext, run_passes
+from ouro_compiler.recipes import find_recipe
+from ouro_compiler.recipes.planning import Plan
 from ouro_compiler.runtime.compiled_model import CompiledModel
-from tests.models import images
+from tests.models import images, small_vim
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@lru_cache(maxsize=1)
+def normalised_vim() -> fx.GraphModule:
+    """small_vim as recipes get it; plans and calibration leave it as it is."""
+    gm = capture(small_vim(), images(2))
+    run_passes(gm, NORMALIZE, PassContext())
+    return gm
+
+
+def planned(config: QuantConfig) -> Plan:
+    """What the recipe chooses of small_vim."""
+    return find_recipe(config.recipe).plan(normalised_vim(), config)
+
+
+def calibrated(config: QuantConfig, noise: Tensor | None = None) -> tuple[Plan, Calibration]:
+    """What it finds on 8 noise images, or others."""
+    plan = planned(config)
+    some = TensorImages(images(8) if noise is None else noise)
+    recipe = find_recipe(config.recipe)
+    return plan, recipe.calibrate(normalised_vim(), plan, config, some, batch_size=5)
 
 
 def compiled_vmamba(config: QuantConfig) -> CompiledModel:

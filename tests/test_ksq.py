@@ -12,7 +12,7 @@ from torch import fx
 
 import ouro_compiler as ouro
 from ouro_compiler.config import QuantConfig
-from ouro_compiler.graph import argument, aten, get_constant, is_op
+from ouro_compiler.graph import UniformParams, argument, aten, get_constant, is_op
 from ouro_compiler.runtime.compiled_model import CompiledModel
 from tests.command_line import Cli, cli  # noqa: F401  (a fixture)
 from tests.models import compiled_vim, images
@@ -20,8 +20,10 @@ from tests.recipe_checks import (
     assert_batch_invariant_model,
     assert_close_to_floating_point,
     assert_survives_a_file,
+    calibrated,
     compiled_vmamba,
     digits,
+    planned,
 )
 
 OURO = torch.ops.ouro
@@ -119,33 +121,45 @@ def test_weights_have_one_scale() -> None:
 
 
 def test_scans_stay_without_ssm() -> None:
-    model = compiled_vim(config(ouro.W8A8, "ssm=none"))
-    assert nodes(model, SCAN) == []
-    rows = {row["name"]: row for row in model.report["layers"]["rows"]}
-    assert "ssm = none" in rows["layers.0.mixer.selective_scan"]["reason"]
+    plan, found = calibrated(config(ouro.W8A8, "ssm=none", "ksq.search_rounds=0"))
+    rows = {row.name: row for row in plan.rows}
+    assert "ssm = none" in str(rows["layers.0.mixer.selective_scan"].reason)
+    assert not found.scans
 
 
 def test_without_reparameterization() -> None:
-    model = compiled_vim(config(ouro.W8A8, "ksq.reparameterize=false", "ksq.search_rounds=0"))
-    for node in nodes(model, SCAN):
-        assert argument(node, "state_factor") is None
-        assert argument(node, "state_scale") is not None
+    made = config(ouro.W8A8, "ksq.reparameterize=false", "ksq.search_rounds=0")
+    scans = calibrated(made)[1].scans
+    assert len(scans) == 2
+    for params in scans.values():
+        assert params.state_factor is None
+        assert params.state_scale is not None
+        assert params.output is not None
+        assert params.output.smooth is None
 
 
 def test_one_cluster_is_per_tensor() -> None:
     """T19."""
-    model = compiled_vim(config(ouro.W8A8, "ksq.clusters=1", "ksq.search_rounds=1"))
-    for target in (OURO.causal_conv1d.default, aten.softplus.default, aten.linear.default):
-        assert all(len(scale.unique()) == 1 for scale in scales_behind(model, target))
+    _, found = calibrated(config(ouro.W8A8, "ksq.clusters=1", "ksq.search_rounds=0"))
+    assert found.sites
+    scans = [one for params in found.scans.values() for one in (params.step, params.gate)]
+    for params in [*found.sites.values(), *scans]:
+        assert isinstance(params, UniformParams)
+        assert len(params.scale.unique()) == 1
 
 
 def test_other_bits_are_an_extrapolation() -> None:
-    assert any("extrapolation" in note for note in _small(ouro.W4A8).report["notes"])
+    plan, _ = calibrated(config(ouro.W4A8, "ksq.search_rounds=0"))
+    assert any("4 and 8 bits are an extrapolation" in note for note in plan.notes)
     assert not any("extrapolation" in note for note in compiled_vim(config()).report["notes"])
 
 
-def _small(preset: QuantConfig) -> CompiledModel:
-    return compiled_vim(config(preset, "ksq.search_rounds=0"))
+def test_bits_reach_every_quantizer() -> None:
+    _, found = calibrated(config(ouro.W4A4, "ksq.search_rounds=0"))
+    assert all(params.bits == 4 for params in found.scans.values())
+    assert all(one.zero_point.tolist() == [8] for one in found.sites.values())
+    for weight in found.weights.values():
+        assert -8 <= weight.codes.min() < weight.codes.max() <= 7
 
 
 def test_a_file_computes_the_same(tmp_path: Path) -> None:
@@ -162,7 +176,7 @@ def test_digits_keep_their_class() -> None:
 
 def test_a_vmamba() -> None:
     """SiLU is a node of its own behind the depthwise convolution: both are rounded."""
-    model = compiled_vmamba(config())
+    model = compiled_vmamba(config(ouro.W8A8, "ksq.search_rounds=1"))
     rows = model.report["layers"]["rows"]
     assert sum(row["kind"] == "scan" for row in rows) == 4
     assert all(row["status"] == "simulated" for row in rows), rows
@@ -194,9 +208,7 @@ def test_settings_out_of_range_are_refused(cli: Cli) -> None:  # noqa: F811
 
 @pytest.mark.parametrize("pattern", ["*conv1d*", "*norm*", "head"])
 def test_layers_that_are_excluded_stay(pattern: str) -> None:
-    config_without = config(ouro.W8A8, f"exclude={pattern}", "ksq.search_rounds=0")
-    names = {row["name"] for row in compiled_vim(config_without).report["sites"]}
-    everything = {row["name"] for row in compiled_vim(config()).report["sites"]}
-    gone = everything - names
+    names = {site.name for site in planned(config(ouro.W8A8, f"exclude={pattern}")).sites}
+    gone = {site.name for site in planned(config()).sites} - names
     assert gone
     assert all(pattern.strip("*") in name for name in gone)

@@ -23,13 +23,15 @@ from ouro_compiler.recipes import qmamba
 from ouro_compiler.recipes.planning import Plan
 from tests.command_line import Cli, cli  # noqa: F401  (a fixture)
 from tests.helpers import assert_close, generator, mamba_selective_scan_ref, randn
-from tests.models import compiled_vim, images, small_vim
+from tests.models import compiled_vim, images
 from tests.recipe_checks import (
     assert_batch_invariant_model,
     assert_close_to_floating_point,
     assert_survives_a_file,
+    calibrated,
     compiled_vmamba,
     digits,
+    planned,
 )
 
 SCAN = torch.ops.ouro.quantized_selective_scan.default
@@ -191,56 +193,96 @@ def test_the_search_of_a_linear_lessens_its_error() -> None:
 
 
 @pytest.mark.parametrize("preset", ["w8a8", "w4a4"])
-def test_every_scan_is_quantized_inside(preset: str) -> None:
-    model = compiled_vim(config(ouro.PRESETS[preset]))
-    bits = 8 if preset == "w8a8" else 4
-    scans = [node for node in model.graph_module.graph.nodes if is_op(node, SCAN)]
-    assert len(scans) == 2
-    for node in scans:
-        names = ("input_scale", "state_scale")
-        assert all(argument(node, name) is not None for name in names)
-        assert argument(node, "bits") == bits
-        assert (argument(node, "decay_steps") > 0) != (argument(node, "decay_scale") is not None)
-        assert not argument(node, "output_before_rounding")
-    rows = {row["name"]: row for row in model.report["layers"]["rows"]}
-    row = rows["layers.0.mixer.selective_scan"]
-    assert row["status"] == "simulated"
-    assert "recurrence" in row["reason"]
-    assert "decay" in row["reason"]
-    assert rows["layers.0.mixer.in_proj"]["status"] == "simulated"
-    assert rows["head"]["status"] == "skipped"
-    sites = {row["name"] for row in model.report["sites"]}
-    scan_sites = {f"layers.0.mixer.selective_scan.{name}" for name in ("u", "input", "state")}
-    assert scan_sites <= sites
+def test_scales_of_every_scan(preset: str) -> None:
+    plan, found = calibrated(config(ouro.PRESETS[preset], "qmamba.search_rounds=1"))
+    names = ["layers.0.mixer.selective_scan", "layers.0.mixer.selective_scan_reverse"]
+    assert list(found.scans) == names
+    rows = {row.name: row for row in plan.rows}
+    for name, params in found.scans.items():
+        assert params.bits == (8 if preset == "w8a8" else 4)
+        for scale in (params.input_scale, params.state_scale):
+            assert scale is not None
+            assert scale.shape == (50,)
+            assert 1 < len(scale.unique()) <= 8
+        assert (params.decay_steps > 0) != (params.decay_scale is not None)
+        assert params.state_threshold is params.state_factor is params.output is None
+        assert not params.output_before_rounding
+        assert rows[name].status == "simulated"
+        assert "recurrence" in str(rows[name].reason)
+        assert ("LtSQ" in str(rows[name].reason)) == (params.decay_steps > 0)
+    assert found.weights.keys() == {
+        row.name for row in plan.rows if row.kind == "linear" and row.name != "head"
+    }
+    for params in found.sites.values():
+        assert params.scale.shape == (1,)
 
 
 def test_scans_stay_without_ssm() -> None:
-    model = compiled_vim(config(ouro.W8A8, "ssm=none"))
-    assert not any(is_op(node, SCAN) for node in model.graph_module.graph.nodes)
-    rows = {row["name"]: row for row in model.report["layers"]["rows"]}
-    assert "ssm = none" in rows["layers.0.mixer.selective_scan"]["reason"]
+    plan, found = calibrated(config(ouro.W8A8, "ssm=none", "qmamba.search_rounds=0"))
+    rows = {row.name: row for row in plan.rows}
+    assert "ssm = none" in str(rows["layers.0.mixer.selective_scan"].reason)
+    assert not found.scans
+    assert all(site.kind == "linear" for site in plan.sites)
 
 
 @pytest.mark.parametrize("decay", ["uniform", "plain", "calibrated"])
 def test_the_decays_code_is_the_setting(decay: str) -> None:
-    model = compiled_vim(config(ouro.W8A8, f"qmamba.decay={decay}", "qmamba.search_rounds=0"))
-    scans = [node for node in model.graph_module.graph.nodes if is_op(node, SCAN)]
-    for node in scans:
-        steps, limit = argument(node, "decay_steps"), argument(node, "decay_limit")
+    settings = (f"qmamba.decay={decay}", "qmamba.skewness=0", "qmamba.search_rounds=1")
+    for params in calibrated(config(ouro.W8A8, *settings))[1].scans.values():
         if decay == "uniform":
-            assert steps == 0
+            assert params.decay_steps == 0
+            assert params.decay_scale is not None
         elif decay == "plain":
-            assert (steps, limit) == (1, 1.0)
+            assert (params.decay_steps, params.decay_limit) == (1, 1.0)
         else:
-            assert 0 < limit <= 1
+            assert params.decay_steps > 1
+            assert 0 < params.decay_limit <= 1.2
 
 
-def test_a_file_computes_the_same(tmp_path: Path) -> None:
-    assert_survives_a_file(compiled_vim(config()), tmp_path)
+def test_calibration_is_deterministic() -> None:
+    made = config(ouro.W8A8, "qmamba.search_rounds=1")
+    first, second = (calibrated(made)[1] for _ in range(2))
+    for name, params in first.scans.items():
+        assert torch.equal(_tensor(params.state_scale), _tensor(second.scans[name].state_scale))
+        assert params.decay_limit == second.scans[name].decay_limit
+    for name, weight in first.weights.items():
+        assert torch.equal(weight.codes, second.weights[name].codes)
+        assert torch.equal(weight.scale, second.weights[name].scale)
 
 
-def test_batch_invariance() -> None:
-    assert_batch_invariant_model(compiled_vim(config()))
+def _tensor(found: Tensor | None) -> Tensor:
+    assert found is not None
+    return found
+
+
+def test_images_that_are_not_finite_are_refused() -> None:
+    broken = images(4).clone()
+    broken[1, 0, 3, 3] = np.nan
+    with pytest.raises(UsageError, match="not finite"):
+        calibrated(config(), broken)
+
+
+def test_layers_that_are_excluded_stay() -> None:
+    rows = {row.name: row for row in planned(config(ouro.W8A8, "exclude=*x_proj*,*reverse")).rows}
+    assert rows["layers.0.mixer.x_proj"].status == "skipped"
+    assert rows["layers.0.mixer.selective_scan"].status == "simulated"
+    assert rows["layers.0.mixer.selective_scan_reverse"].status == "skipped"
+
+
+def test_a_compiled_model(tmp_path: Path) -> None:
+    """Scans run quantized; files and batches change nothing."""
+    model = compiled_vim(config())
+    scans = [node for node in model.graph_module.graph.nodes if is_op(node, SCAN)]
+    assert len(scans) == 2
+    assert all(argument(node, "state_scale") is not None for node in scans)
+    rows = {row["name"]: row for row in model.report["layers"]["rows"]}
+    assert rows["layers.0.mixer.selective_scan"]["status"] == "simulated"
+    assert rows["layers.0.mixer.in_proj"]["status"] == "simulated"
+    assert rows["head"]["status"] == "skipped"
+    sites = {row["name"] for row in model.report["sites"]}
+    assert {f"layers.0.mixer.selective_scan.{name}" for name in ("u", "input", "state")} <= sites
+    assert_survives_a_file(model, tmp_path)
+    assert_batch_invariant_model(model)
 
 
 def test_digits_keep_their_class() -> None:
@@ -249,7 +291,7 @@ def test_digits_keep_their_class() -> None:
 
 def test_a_vmamba() -> None:
     """Four scans a block, over two orders of the tokens, forwards and backwards."""
-    model = compiled_vmamba(config())
+    model = compiled_vmamba(config(ouro.W8A8, "qmamba.search_rounds=1"))
     rows = [row for row in model.report["layers"]["rows"] if row["kind"] == "scan"]
     assert len(rows) == 4
     assert all(row["status"] == "simulated" for row in rows)
@@ -270,27 +312,3 @@ def test_the_command(cli: Cli) -> None:  # noqa: F811
     assert report["layers"]["simulated"] == 6 + 2
     artefact = ouro.load(Path("vim.w4a8.pt2"))
     assert artefact(images(2)).shape == (2, 10)
-
-
-def test_calibration_is_deterministic() -> None:
-    first, second = (
-        ouro.compile(small_vim(), images(2), config(), calibration=images(4)) for _ in range(2)
-    )
-    held = second.program.state_dict
-    for name, tensor in first.program.state_dict.items():
-        assert torch.equal(tensor, held[name]), name
-
-
-def test_images_that_are_not_finite_are_refused() -> None:
-    broken = images(4).clone()
-    broken[1, 0, 3, 3] = np.nan
-    with pytest.raises(UsageError, match="not finite"):
-        ouro.compile(small_vim(), images(2), config(), calibration=broken)
-
-
-def test_layers_that_are_excluded_stay() -> None:
-    model = compiled_vim(config(ouro.W8A8, "exclude=*x_proj*,*scan_reverse"))
-    rows = {row["name"]: row["status"] for row in model.report["layers"]["rows"]}
-    assert rows["layers.0.mixer.x_proj"] == "skipped"
-    assert rows["layers.0.mixer.selective_scan"] == "simulated"
-    assert rows["layers.0.mixer.selective_scan_reverse"] == "skipped"
