@@ -38,7 +38,7 @@ class Site:
     node: fx.Node
     index: int
     bits: int
-    kind: str  # "linear" or "ssm"
+    kind: str  # "linear", "conv", "ssm", or "activation" of no layer with weights
     layer: str
     transpose: bool = False  # the argument is (B, K, L): quantized along time all the same
     reverse: bool = False
@@ -105,12 +105,43 @@ class StepParams:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScanParams:
+    """Quantizers inside one scan's recurrence (`ouro::quantized_selective_scan`, METHODS 3.6).
+
+    Vectors over time are (L,), indexed by token; state_factor is (D, N). A quantizer without a
+    scale is absent. step, output and gate quantize what the op takes or leaves in floating point:
+    Delta after softplus (B, D, L), y before D u, and silu(z); `smooth` of these divides before and
+    multiplies after. With `output` or `gate` D u and the gate are computed behind the scan.
+    """
+
+    bits: int
+    decay_scale: Tensor | None = None
+    decay_limit: float = 0.0
+    decay_steps: int = 0
+    input_scale: Tensor | None = None
+    input_threshold: Tensor | None = None
+    state_scale: Tensor | None = None
+    state_threshold: Tensor | None = None
+    state_factor: Tensor | None = None
+    outlier_bits: int = 8
+    refresh_period: int = 10
+    output_before_rounding: bool = False
+    step: UniformParams | None = None
+    output: UniformParams | None = None
+    gate: UniformParams | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class QWeight:
-    """A weight's int8 codes (O, K), scales (O,) and, where asymmetric, zero points (O,)."""
+    """A weight's int8 codes (O, K), scales (O,) and, where asymmetric, zero points (O,).
+
+    bias (O,): what replaces the layer's bias, None to keep it.
+    """
 
     codes: Tensor
     scale: Tensor
     zero_point: Tensor | None = None
+    bias: Tensor | None = None
 
 
 CalibrationTable = Mapping[str, QParams]
@@ -120,14 +151,16 @@ SiteTable = Mapping[str, SiteParams]
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """What calibration found: parameters by site's name, and weights by their layer's.
+    """What calibration found: parameters by site's name, weights and scans by their layer's.
 
     A linear's weight that is not there is quantized by clipping search (METHODS P5). Those of a
-    scan are called `layer.A` (of log(-A), (D, N)) and `layer.D` (1, D).
+    scan are called `layer.A` (of log(-A), (D, N)) and `layer.D` (1, D). A scan that is not in
+    `scans` has no quantizers inside its recurrence but those of sites there.
     """
 
     sites: SiteTable = field(default_factory=dict)
     weights: Mapping[str, QWeight] = field(default_factory=dict)
+    scans: Mapping[str, ScanParams] = field(default_factory=dict)
 
 
 def is_op(node: Any, *targets: Any) -> bool:

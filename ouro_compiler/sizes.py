@@ -24,7 +24,13 @@ _CONVOLUTIONS = (
 )
 _BY_NAME = (".rotation", ".smooth")
 # On the way from a constant to what reads it.
-_TRANSPARENT = (aten.exp.default, aten.neg.default, aten.select.int, aten.to.dtype)
+_TRANSPARENT = (
+    aten.exp.default,
+    aten.neg.default,
+    aten.select.int,
+    aten.to.dtype,
+    aten.reshape.default,
+)
 
 
 def bytes_by_part(gm: fx.GraphModule, *, as_half: bool = False) -> dict[str, int]:

@@ -2,8 +2,9 @@
 
 1. What a site names, an argument or (OUTPUT) a node's result, becomes `fake_quantize(x / smooth)`,
    or `fake_quantize(linear(x, rotation))`.
-2. The weight of a linear with a site becomes `dequantize_weight(codes)`; that of a convolution, and
-   A and D of a scan, where the calibration has codes for them.
+2. The weight of a linear with a site becomes `dequantize_weight(codes)`; that of a convolution, in
+   its own shape, and A and D of a scan, where the calibration has codes for them. A bias that comes
+   with a weight takes its place.
 3. Consumers of one site's name share one quantizer; sites that share a rotation, its constant.
 
 Sites with other parameters are `insert_quantize_dequantize`'s.
@@ -25,6 +26,7 @@ from ouro_compiler.graph import (
     get_constant,
     insert_call,
     is_op,
+    value_of,
 )
 from ouro_compiler.passes.base import PassContext
 from ouro_compiler.passes.quantized_parts import (
@@ -39,7 +41,6 @@ from ouro_compiler.passes.quantized_parts import (
 
 _FAKE_QUANTIZE = torch.ops.ouro.fake_quantize.default
 _SCAN = torch.ops.ouro.selective_scan.default
-_CONV = torch.ops.ouro.causal_conv1d.default
 
 
 def insert_fake_quantize(gm: fx.GraphModule, ctx: PassContext) -> bool:
@@ -115,14 +116,18 @@ class _Inserter:
         if is_op(node, _SCAN):
             log_a, skip = self.weights.get(f"{layer}.A"), self.weights.get(f"{layer}.D")
             replace_scan_constants(gm, node, layer, log_a=log_a, skip=skip, bits=self.bits)
-        elif is_op(node, aten.linear.default, _CONV):
+        elif is_op(node, aten.linear.default) or layer in self.weights:
             found = self.weights.get(layer)
-            if found is None and is_op(node, _CONV):
-                return
             if found is None:
                 weight = get_constant(gm, node.args[1])
                 assert weight is not None
                 codes, scale = quantize_weight(weight, self.bits)
                 found = QWeight(codes=codes, scale=scale)
-            node.update_arg(1, dequantized_weight(gm, node, layer, found, self.bits))
+            made = dequantized_weight(gm, node, layer, found, self.bits)
+            shape = value_of(node.args[1]).shape  # type: ignore[arg-type]
+            if len(shape) != 2:
+                made = insert_call(gm.graph, node, aten.reshape.default, made, list(shape))
+            node.update_arg(1, made)
+            if found.bias is not None:
+                replace_argument(node, 2, constant(gm, node, f"{layer}.corrected_bias", found.bias))
         node.meta["ouro_weight"] = True

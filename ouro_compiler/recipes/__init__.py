@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from ouro_compiler.errors import UsageError
-from ouro_compiler.recipes import ouromamba, ptq4vm, quamba
+from ouro_compiler.recipes import ksq, ouromamba, ptq4vm, qmamba, quamba
 from ouro_compiler.recipes.base import Recipe, without_outliers
 
 _ALL = (
@@ -39,6 +39,18 @@ _ALL = (
         calibrate=quamba.calibrate_sites,
         configure=quamba.configure,
         resizable=True,
+    ),
+    Recipe(
+        name="qmamba",
+        summary="log-coded decays, states scaled by groups of time steps (simulated)",
+        plan=qmamba.plan,
+        calibrate=qmamba.calibrate_sites,
+    ),
+    Recipe(
+        name="ksq",
+        summary="outputs scaled by clusters, reparameterized states (simulated)",
+        plan=ksq.plan,
+        calibrate=ksq.calibrate_sites,
     ),
 )
 RECIPES: dict[str, Recipe] = {one.name: one for one in _ALL}
