@@ -25,6 +25,7 @@ from ouro_compiler.passes import NORMALIZE, PIPELINE, QUANTIZE
 from ouro_compiler.passes.base import PassContext, pass_name, run_passes
 from ouro_compiler.recipes import find_recipe
 from ouro_compiler.recipes.planning import Plan
+from ouro_compiler.refinement import refined
 from ouro_compiler.report import LayerRow, Report
 from ouro_compiler.runtime.artifact import build_manifest, checksum
 from ouro_compiler.runtime.compiled_model import CompiledModel
@@ -53,7 +54,7 @@ def compile(
     example_inputs: one batch (B, C, H, W), any B >= 1. calibration: images (n, C, H, W) in the
     model's own normalisation; of another resolution only with `inlier_scale` per_tensor, for models
     that take both; or how to synthesise them from the model (None: SynthesisSpec()), which is done
-    once and kept in the user's cache unless `cache` is False. verify: images, with labels if there
+    once and kept in the user's cache unless `cache` is False (as are learned scales). verify: images, with labels if there
     are any, on which accuracy and logits SNR before and after are measured; without it they are
     measured on the calibration images. preprocessing: of the model's images, for the artefact.
     strict: raise RefusedLayerError when a layer that the recipe selected stays in floating point.
@@ -94,6 +95,7 @@ def compile(
         target=target or "cpu",
         strict=strict,
         batch_size=batch_size,
+        cache=cache,
         progress=progress,
     )
     manifest = build_manifest(
@@ -158,6 +160,7 @@ def quantize(
     target: Target = "cpu",
     strict: bool = False,
     batch_size: int = 32,
+    cache: bool = True,
     progress: Progress | None = None,
 ) -> torch.export.ExportedProgram:
     """Calibrate, quantize, lower and measure a prepared graph, filling the report.
@@ -182,8 +185,20 @@ def quantize(
         parameters = recipe.calibrate(
             graph, found, config, calibration, batch_size=batch_size, progress=progress
         )
-        if calibrated is not None:
-            parameters = expand(parameters, plan.sites)
+    if config.refine.epochs:
+        with timed(report, "refine"):
+            better = refined(
+                graph,
+                parameters,
+                config,
+                calibration,
+                device=synthesis_device(target),
+                cache=cache,
+                progress=progress,
+            )
+            parameters, report.refine = better.calibration, better.report
+    if calibrated is not None:
+        parameters = expand(parameters, plan.sites)
     with timed(report, "quantize"):
         context = PassContext(config=config, sites=plan.sites, calibration=parameters)
         run_passes(gm, QUANTIZE, context)

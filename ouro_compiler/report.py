@@ -70,6 +70,40 @@ class CalibrationRow:
 
 
 @dataclass(kw_only=True)
+class RefineRow:
+    """One block whose scales were learned: 1 - cosine of its outputs before and after, as used.
+
+    used: "learned", or "searched" where what was learned was no better on the calibration images
+    and the scales of the search stay. seconds: of learning, on the run that did it.
+    """
+
+    block: str
+    layers: int
+    epochs: int
+    loss_before: float
+    loss_after: float
+    used: Literal["learned", "searched"]
+    seconds: float
+
+
+@dataclass(kw_only=True)
+class RefineReport:
+    """Learned scales: a row a block; bytes_kept: the most held of values between blocks."""
+
+    rows: list[RefineRow]
+    images: int
+    bytes_kept: int
+
+    def to_dict(self, *, timing: bool) -> dict[str, Any]:
+        """Without `timing` it is deterministic."""
+        found = dataclasses.asdict(self)
+        if not timing:
+            for row in found["rows"]:
+                del row["seconds"]
+        return found
+
+
+@dataclass(kw_only=True)
 class Report:
     """Everything `--report` writes. Fractions for accuracy, decibels for SNR, bytes, seconds."""
 
@@ -86,6 +120,7 @@ class Report:
     logits_snr_db: float | None = None
     snr_data: str | None = None  # what logits_snr_db and outlier_share were measured on
     outlier_share: float | None = None
+    refine: RefineReport | None = None  # None: scales are those of the search
     notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -126,6 +161,7 @@ class Report:
                 "by_part": self.bytes_by_part,
             },
             "outlier_share": self.outlier_share,
+            "refine": self.refine.to_dict(timing=timing) if self.refine else None,
             "notes": self.notes,
         }
         if timing:

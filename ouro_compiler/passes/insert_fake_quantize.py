@@ -98,7 +98,7 @@ def _round_trip(gm: fx.GraphModule, site: Site, params: UniformParams) -> fx.Nod
 
 
 def _quantize_weight(gm: fx.GraphModule, site: Site, ctx: PassContext) -> None:
-    bits = ctx.config.weights.bits
+    bits = ctx.config.for_layer(site.layer).weights.bits
     found = ctx.calibration.weights.get(site.layer)
     if found is None:
         weight = get_constant(gm, site.node.args[1])

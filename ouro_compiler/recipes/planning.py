@@ -108,11 +108,12 @@ def plan_graph(
 ) -> Plan:
     """Ask the recipe's functions about every layer of a normalised graph, in graph order.
 
-    shared: consumers of one activation share one quantizer, under the first one's name.
+    shared: consumers of one activation, at the same bits, share one quantizer, under the first
+    one's name.
     """
     found = Plan()
     reversed_linears = _linears_of_reversed_scans(gm)
-    sources: dict[tuple[fx.Node, bool], str] = {}
+    sources: dict[tuple[fx.Node, bool, int], str] = {}
     for node in gm.graph.nodes:
         if is_op(node, aten.linear.default):
             choose, layer = linear, _linear(gm, node, config, node in reversed_linears)
@@ -124,14 +125,15 @@ def plan_graph(
             layer = Layer(gm=gm, node=node, name=name, kind="conv", config=config)
         else:
             continue
-        layer = dataclasses.replace(layer, name=_unique(layer.name, found.nodes))
+        name = _unique(layer.name, found.nodes)
+        layer = dataclasses.replace(layer, name=name, config=config.for_layer(name))
         row, sites = choose(layer)
         found.rows.append(row)
         found.nodes[row.name] = node
         for site in sites:
             name = f"{row.name}.{site.name}"
             if shared:
-                name = sources.setdefault((site.source, site.reverse), name)
+                name = sources.setdefault((site.source, site.reverse, site.bits), name)
             found.sites.append(dataclasses.replace(site, name=name, layer=row.name))
     return found
 
