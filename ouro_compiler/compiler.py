@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -16,11 +17,19 @@ from ouro_compiler.calibration.images import Images as Images
 from ouro_compiler.calibration.images import ResizedImages, image_of_other_resolution, shown
 from ouro_compiler.calibration.images import TensorImages as TensorImages
 from ouro_compiler.calibration.rows import site_rows
-from ouro_compiler.config import W4A4, Preprocessing, QuantConfig, SynthesisSpec, Target
+from ouro_compiler.config import (
+    W4A4,
+    MixedSpec,
+    Preprocessing,
+    QuantConfig,
+    SynthesisSpec,
+    Target,
+)
 from ouro_compiler.errors import ModelError, RefusedLayerError, UsageError, VerificationError
 from ouro_compiler.evaluation import OutlierCounter, accuracy, run_batches, snr_db
 from ouro_compiler.frontend.capture import capture, export
 from ouro_compiler.lowering.lower import lower
+from ouro_compiler.mixed_precision.search import choose_bits
 from ouro_compiler.passes import NORMALIZE, PIPELINE, QUANTIZE
 from ouro_compiler.passes.base import PassContext, pass_name, run_passes
 from ouro_compiler.recipes import find_recipe
@@ -42,6 +51,7 @@ def compile(
     *,
     calibration: Tensor | Images | SynthesisSpec | None = None,
     verify: Images | None = None,
+    mixed: MixedSpec | None = None,
     target: Target | None = None,
     preprocessing: Preprocessing | None = None,
     strict: bool = False,
@@ -54,9 +64,11 @@ def compile(
     example_inputs: one batch (B, C, H, W), any B >= 1. calibration: images (n, C, H, W) in the
     model's own normalisation; of another resolution only with `inlier_scale` per_tensor, for models
     that take both; or how to synthesise them from the model (None: SynthesisSpec()), which is done
-    once and kept in the user's cache unless `cache` is False (as are learned scales). verify: images, with labels if there
-    are any, on which accuracy and logits SNR before and after are measured; without it they are
-    measured on the calibration images. preprocessing: of the model's images, for the artefact.
+    once and kept in the user's cache unless `cache` is False (as are learned scales). verify:
+    images, with labels if there are any, on which accuracy and logits SNR before and after are
+    measured; without it they are measured on the calibration images. mixed: what to choose the bits
+    of every layer for, starting from the configuration's (docs/mixed_precision.md).
+    preprocessing: of the model's images, for the artefact.
     strict: raise RefusedLayerError when a layer that the recipe selected stays in floating point.
     Raises UsageError for images that do not fit, or a model they cannot be synthesised from, and
     ModelError if the model cannot be traced.
@@ -83,6 +95,14 @@ def compile(
         images = TensorImages(calibration) if isinstance(calibration, Tensor) else calibration
     with timed(report, "capture"):
         captured = _capture_for(model, images, example, config, plan)
+    if mixed is not None:
+        if captured is not None:
+            raise UsageError("mixed precision needs calibration images of the model's resolution")
+        with timed(report, "mixed precision"):
+            config, plan, report.mixed = choose_bits(
+                gm, plan, config, mixed, images, verify, batch_size=batch_size, progress=progress
+            )
+        report.config = config.to_dict()
     program = quantize(
         gm,
         plan,
@@ -109,6 +129,7 @@ def compile(
     compiled = CompiledModel(program, manifest)
     compiled.manifest["checksum"] = checksum(compiled)
     compiled.seconds = dict(report.seconds)
+    compiled.mixed = asdict(report.mixed) if report.mixed else None
     return compiled
 
 
@@ -208,7 +229,7 @@ def quantize(
         if strict:
             refuse_skipped(report.layers)
         program = export(gm, example)
-        _fill_bytes(report, before, bytes_by_part(gm))
+        report.fill_bytes(before, bytes_by_part(gm))
     with timed(report, "measure"):
         counter = _measure(program, report, measured, logits, batch_size, progress)
         report.sites = site_rows(plan.sites, parameters.sites, config, counter.shares())
@@ -300,14 +321,6 @@ def _measure(
         report.accuracy_before = accuracy(reference, images.labels)
         report.accuracy_after = accuracy(logits, images.labels)
     return counter
-
-
-def _fill_bytes(report: Report, before: dict[str, int], stored: dict[str, int]) -> None:
-    parts = sorted(before.keys() | stored.keys())
-    report.bytes_by_part = {
-        part: {"fp16": before.get(part, 0), "stored": stored.get(part, 0)} for part in parts
-    }
-    report.bytes_fp16, report.bytes_stored = sum(before.values()), sum(stored.values())
 
 
 @contextmanager

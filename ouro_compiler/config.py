@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar
 from ouro_compiler.errors import UsageError
 from ouro_compiler.precision_specs import BITS
 from ouro_compiler.precision_specs import LayerBits as LayerBits
+from ouro_compiler.precision_specs import MixedSpec as MixedSpec
 from ouro_compiler.precision_specs import RefineSpec as RefineSpec
 from ouro_compiler.recipe_specs import KsqSpec, Ptq4vmSpec, QmambaSpec, QuambaSpec
 

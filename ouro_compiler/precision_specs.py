@@ -48,3 +48,30 @@ class RefineSpec:
         rates = (self.learning_rate, self.smoothing_rate)
         if not all(0 <= rate < float("inf") for rate in rates) or not self.clip > 0:
             raise UsageError("refine takes rates of at least 0 and clip above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixedSpec:
+    """What the bits of every layer are chosen for; at least one of the three.
+
+    budget_mb: megabytes (10^6 bytes) that all stored parameters and scales may take. min_snr: of
+    the logits, in decibels. max_drop: of the accuracy on images with labels, in points.
+    """
+
+    budget_mb: float | None = None
+    min_snr: float | None = None
+    max_drop: float | None = None
+
+    def __post_init__(self) -> None:
+        given = [one for one in (self.budget_mb, self.min_snr, self.max_drop) if one is not None]
+        if not given:
+            raise UsageError(
+                "mixed precision needs something to aim at: a budget in megabytes, an SNR of the "
+                "logits or a drop of the accuracy (--budget-mb, --min-snr, --max-drop)"
+            )
+        if not all(abs(one) < float("inf") for one in given):
+            raise UsageError("the targets of mixed precision must be finite numbers")
+        if (self.budget_mb is not None and self.budget_mb <= 0) or (
+            self.max_drop is not None and self.max_drop < 0
+        ):
+            raise UsageError("mixed precision takes a budget above 0 and a drop of at least 0")

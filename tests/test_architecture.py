@@ -44,7 +44,12 @@ ALLOWED = {
 }
 ALLOWED["synthetic"] = SHARED | {"calibration", "frontend", "kernels"}
 ALLOWED["refinement"] = SHARED | {"calibration", "kernels", "passes", "recipes", "synthetic"}
-ALLOWED["compiler"] |= {"refinement", "synthetic"}
+ALLOWED["mixed_precision"] = (
+    SHARED
+    | {"precision_specs", "calibration", "evaluation", "lowering", "passes", "recipes", "sizes"}
+    | {"synthetic"}
+)
+ALLOWED["compiler"] |= {"mixed_precision", "refinement", "synthetic"}
 ALLOWED["backend_options"] = LEAVES | {"compiler", "data", "frontend"}
 ALLOWED["backend"] = LEAVES | {"backend_options", "compiler", "frontend", "synthetic"}
 EVERYTHING = set(ALLOWED)

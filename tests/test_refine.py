@@ -27,7 +27,7 @@ from ouro_compiler.synthetic import detached_copy
 from tests.models import images, small_vim
 from tests.test_simulation import calibrated, changed, with_uniform_params
 
-SPEC = RefineSpec(epochs=2, batch_size=8)
+SPEC = RefineSpec(epochs=2, batch_size=8, learning_rate=2e-2)
 CONFIG = dataclasses.replace(ouro.W4A4, refine=SPEC)
 Prepared = tuple[fx.GraphModule, Plan, Calibration]
 

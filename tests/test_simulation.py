@@ -19,7 +19,7 @@ from ouro_compiler.compiler import TensorImages, prepare
 from ouro_compiler.config import QuantConfig
 from ouro_compiler.frontend.capture import capture
 from ouro_compiler.frontend.checkpoint import load_model
-from ouro_compiler.graph import Calibration, Site, UniformParams, get_constant
+from ouro_compiler.graph import Calibration, UniformParams, get_constant
 from ouro_compiler.recipes import find_recipe
 from ouro_compiler.recipes.planning import Plan
 from ouro_compiler.refinement import inserted

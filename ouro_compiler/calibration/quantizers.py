@@ -139,11 +139,24 @@ class WeightQuantizer:
         return quantize_symmetric(smoothed, scale, self.bits).to(torch.int8)
 
 
-def scan_constants(A: Tensor, D: Tensor | None, bits: int) -> tuple[Tensor, Tensor | None]:
-    """A (E, N) and D (E,) of a scan as insert_quantize_dequantize leaves them."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScanConstants:
+    """A scan's A (E, N) and D (E,) or None as insert_quantize_dequantize leaves them.
+
+    codes: what is stored of them.
+    """
+
+    A: Tensor
+    D: Tensor | None
+    codes: tuple[Tensor, ...]
+
+
+def scan_constants(A: Tensor, D: Tensor | None, bits: int) -> ScanConstants:
+    """Quantized as that pass does: A by its logarithm, a scale and a zero point a channel."""
     codes, scale, zero = quantize_rows_asymmetric(torch.log(-A.float()), bits)
-    log_a = dequantize_codes(codes, scale[:, None], zero[:, None], bits)
-    if D is not None:
-        row, scale = quantize_weight(D.view(1, -1), bits)
-        D = dequantize_codes(row, scale[:, None], None, bits)[0]
-    return -torch.exp(log_a), D
+    A = -torch.exp(dequantize_codes(codes, scale[:, None], zero[:, None], bits))
+    if D is None:
+        return ScanConstants(A=A, D=None, codes=(codes,))
+    row, scale = quantize_weight(D.view(1, -1), bits)
+    D = dequantize_codes(row, scale[:, None], None, bits)[0]
+    return ScanConstants(A=A, D=D, codes=(codes, row))

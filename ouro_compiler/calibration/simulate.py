@@ -12,7 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ouro_compiler.calibration.quantizers import SiteQuantizer, WeightQuantizer, scan_constants
+from ouro_compiler.calibration.quantizers import (
+    ScanConstants,
+    SiteQuantizer,
+    WeightQuantizer,
+    scan_constants,
+)
 from ouro_compiler.config import QuantConfig
 from ouro_compiler.graph import (
     OUTPUT,
@@ -32,7 +37,7 @@ _SCAN = torch.ops.ouro.selective_scan.default
 class Simulation(fx.Interpreter):
     """Runs nodes of a graph on values of those before them, quantizing at its sites.
 
-    quantizers: by the site's name; weights: by layer. Constants are in `constants`, once.
+    quantizers: by the site's name; weights and scans: by layer. Constants are in `constants`, once.
     """
 
     def __init__(
@@ -54,7 +59,7 @@ class Simulation(fx.Interpreter):
         self.quantizers: dict[str, SiteQuantizer] = {}
         self.weights: dict[str, WeightQuantizer] = {}
         self._at: dict[fx.Node, list[Site]] = {}
-        self._replaced: Values = {}  # scans to their (A, D)
+        self.scans: dict[str, ScanConstants] = {}
         for site in sites:
             self._at.setdefault(site.node, []).append(site)
             params = calibration.sites[site.name]
@@ -73,7 +78,7 @@ class Simulation(fx.Interpreter):
             elif is_op(site.node, _SCAN) and site.index == 1 and isinstance(params, QParams):
                 arguments = all_arguments(site.node)
                 D = None if arguments[5] is None else self._constant(arguments[5])
-                self._replaced[site.node] = scan_constants(self._constant(arguments[2]), D, bits)
+                self.scans[site.layer] = scan_constants(self._constant(arguments[2]), D, bits)
         self._layers: Collection[str] | None = None
         self._quantized: dict[str, Tensor] = {}
 
@@ -114,16 +119,15 @@ class Simulation(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         sites = [site for site in self._at.get(n, ()) if self._is_quantized(site.layer)]
-        given: Any = (list(n.args), n.kwargs)
-        if sites and n in self._replaced:
-            given = (all_arguments(n), {})
+        scan = self.scans.get(sites[0].layer) if sites else None
+        given: Any = (list(n.args), n.kwargs) if scan is None else (all_arguments(n), {})
         args, kwargs = fx.node.map_arg(given, lambda node: self.env[node])
         args = list(args)
         for site in sites:
             if site.index != OUTPUT:
                 args[site.index] = self._round_trip(site, args[site.index])
-        if sites and n in self._replaced:
-            args[2], args[5] = self._replaced[n]
+        if scan is not None:
+            args[2], args[5] = scan.A, scan.D
         if sites and sites[0].layer in self.weights:
             args[1] = self.weights[sites[0].layer]()
         value = getattr(self, n.op)(n.target, tuple(args), kwargs)
