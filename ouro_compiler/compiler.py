@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -129,7 +128,7 @@ def compile(
     compiled = CompiledModel(program, manifest)
     compiled.manifest["checksum"] = checksum(compiled)
     compiled.seconds = dict(report.seconds)
-    compiled.mixed = asdict(report.mixed) if report.mixed else None
+    compiled.full_report = report.to_dict()
     return compiled
 
 

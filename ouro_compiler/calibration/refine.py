@@ -91,7 +91,8 @@ class _Refiner:
         self.simulation, self.calibration = simulation, calibration
         self.config, self.spec, self.progress = config, config.refine, progress
         self.blocks = cut_into_blocks(simulation.gm, sites)
-        self.streams = [_start(simulation, one) for one in images.batches(self.spec.batch_size)]
+        batches = images.batches(self.spec.batch_size)
+        self.streams = [_start(simulation, one) for one in batches if len(one)]
         if not self.streams:
             raise UsageError("learning scales needs at least one calibration image")
         self.store = None

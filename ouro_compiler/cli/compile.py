@@ -133,7 +133,7 @@ def run(request: CompileRequest) -> None:
         None if request.verify is None else labelled_images(request.verify, loaded.preprocessing)
     )
     compiled = _compile(request, loaded, calibration, verify)
-    report = {**compiled.report, "seconds": compiled.seconds, "mixed": compiled.mixed}
+    report = compiled.full_report
     failure = verdict(request.max_drop, report)
     if failure is None:
         compiled.save(request.destination)
