@@ -91,8 +91,8 @@ def test_overrides_reach_the_graph_and_the_report() -> None:
         LayerBits(pattern=f"{name}.out_proj", weights=8, activations=6),
         LayerBits(pattern=f"{name}.selective_scan", weights=6, activations=8),
     )
-    plain = ouro.compile(small_vim(), images(2), calibration=images())
-    model = ouro.compile(small_vim(), images(2), config, calibration=images())
+    plain = ouro.compile(small_vim(), images(2), calibration=images(8))
+    model = ouro.compile(small_vim(), images(2), config, calibration=images(8))
     bits = {
         row["name"]: (row["weight_bits"], row["activation_bits"])
         for row in model.report["layers"]["rows"]
@@ -107,7 +107,7 @@ def test_overrides_reach_the_graph_and_the_report() -> None:
         f"{name}.selective_scan.B": 8,
         f"{name}.selective_scan.C": 8,
     }
-    state = model.state_dict()
+    state = model.graph_module.state_dict()
     assert state[f"{name}.out_proj.qweight"].dtype == torch.int8
     assert state[f"{name}.out_proj.qweight"].abs().max() > 31
     assert state[f"{name}.in_proj.qweight"].dtype == torch.uint8
@@ -126,7 +126,7 @@ def test_readers_with_other_bits_have_their_own_quantizers() -> None:
     assert [(site.name, site.bits) for site in plan.sites] == [("a.input", 4), ("b.input", 8)]
     model = ouro.compile(TwoReaders(), tokens(), config, calibration=tokens())
     quantizers = [node for node in model.graph_module.graph.nodes if is_op(node, *QUANTIZERS)]
-    assert [argument(node, "inlier_bits") for node in quantizers] == [4, 8]
+    assert sorted(argument(node, "inlier_bits") for node in quantizers) == [4, 8]
     parts = [
         ouro.compile(TwoReaders(), tokens(), one, calibration=tokens())(tokens(3))
         for one in (ouro.W4A4, overriding(LayerBits(pattern="*", weights=8, activations=8)))
@@ -238,8 +238,8 @@ Found = tuple[QuantConfig, Plan, MixedReport]
 
 def search(graph: tuple[fx.GraphModule, Plan], **spec: float) -> Found:
     gm, plan = graph
-    labels = small_vim()(images()).argmax(1)
-    return choose_bits(gm, plan, ouro.W4A4, MixedSpec(**spec), Labelled(images(), labels))
+    labels = small_vim()(images(8)).argmax(1)
+    return choose_bits(gm, plan, ouro.W4A4, MixedSpec(**spec), Labelled(images(8), labels))
 
 
 @pytest.fixture(scope="module")
@@ -254,7 +254,7 @@ def test_a_budget_is_met_and_used(half: Found) -> None:
     config, plan, report = half
     assert report.budget_bytes is not None
     assert report.smallest_bytes < report.bytes <= report.budget_bytes
-    model = ouro.compile(small_vim(), images(2), config, calibration=images())
+    model = ouro.compile(small_vim(), images(2), config, calibration=images(8))
     assert model.report["bytes"]["stored"] == report.bytes
     chosen = {row.layers[0]: row.options[row.chosen]["weights"] for row in report.rows}
     assert {4, 8} <= set(chosen.values())
@@ -278,9 +278,9 @@ def test_layers_are_measured_alone(graph: tuple[fx.GraphModule, Plan], half: Fou
             weights=dataclasses.replace(ouro.W4A4.weights, bits=one["weights"]),
             activations=dataclasses.replace(ouro.W4A4.activations, inlier_bits=one["activations"]),
         )
-        _, _, found = calibrated(small_vim(), images(), config)
-        made = inserted(gm, found, config)(images())
-        assert abs(snr_db(gm(images()), made) - one["logits_snr_db"]) < 0.05
+        _, _, found = calibrated(small_vim(), images(8), config)
+        made = inserted(gm, found, config)(images(8))
+        assert abs(snr_db(gm(images(8)), made) - one["logits_snr_db"]) < 0.05
     for row in half[2].rows:
         levels = [one["logits_snr_db"] for one in row.options]
         assert levels[2] > levels[0] + 6
@@ -293,18 +293,18 @@ def test_a_budget_that_is_too_small(graph: tuple[fx.GraphModule, Plan], half: Fo
     config, _, report = search(graph, budget_mb=least / 1e6)
     assert report.bytes == least
     assert all(row.options[row.chosen]["bytes"] == row.options[0]["bytes"] for row in report.rows)
-    plain = ouro.compile(small_vim(), images(2), config, calibration=images())
+    plain = ouro.compile(small_vim(), images(2), config, calibration=images(8))
     assert plain.report["bytes"]["stored"] == least
 
 
 def test_an_snr_takes_the_shortest_path(graph: tuple[fx.GraphModule, Plan], half: Found) -> None:
     gm, _ = graph
-    reference = gm(images())
+    reference = gm(images(8))
 
     def quality(config: QuantConfig) -> float:
-        _, plan, found = calibrated(small_vim(), images(), config)
+        _, plan, found = calibrated(small_vim(), images(8), config)
         return snr_db(
-            reference, simulated(Simulation(plan_gm(plan), plan.sites, found, config))(images())
+            reference, simulated(Simulation(plan_gm(plan), plan.sites, found, config))(images(8))
         )
 
     def plan_gm(plan: Plan) -> fx.GraphModule:
@@ -335,7 +335,7 @@ def test_a_drop_is_measured_on_labels(graph: tuple[fx.GraphModule, Plan]) -> Non
     assert report.met == (report.drop <= 0)
     gm, plan = graph
     with pytest.raises(UsageError, match="labelled"):
-        choose_bits(gm, plan, ouro.W4A4, MixedSpec(max_drop=1.0), TensorImages(images()))
+        choose_bits(gm, plan, ouro.W4A4, MixedSpec(max_drop=1.0), TensorImages(images(8)))
 
 
 def test_wrong_searches(graph: tuple[fx.GraphModule, Plan]) -> None:
@@ -345,7 +345,7 @@ def test_wrong_searches(graph: tuple[fx.GraphModule, Plan]) -> None:
     gm, plan = graph
     twice = overriding(LayerBits(pattern="*", weights=8, activations=8))
     with pytest.raises(UsageError, match="leave out overrides"):
-        choose_bits(gm, plan, twice, MixedSpec(budget_mb=1.0), TensorImages(images()))
+        choose_bits(gm, plan, twice, MixedSpec(budget_mb=1.0), TensorImages(images(8)))
 
 
 def test_compile_searches(half: Found) -> None:
@@ -353,8 +353,8 @@ def test_compile_searches(half: Found) -> None:
     config, _, report = half
     assert report.budget_bytes is not None
     spec = MixedSpec(budget_mb=report.budget_bytes / 1e6)
-    model = ouro.compile(small_vim(), images(2), calibration=images(), mixed=spec)
-    again = ouro.compile(small_vim(), images(2), config, calibration=images())
+    model = ouro.compile(small_vim(), images(2), calibration=images(8), mixed=spec)
+    again = ouro.compile(small_vim(), images(2), config, calibration=images(8))
     assert model.manifest == again.manifest
     assert model.full_report["mixed"] == dataclasses.asdict(report)
     assert again.full_report["mixed"] is None
@@ -368,5 +368,5 @@ class Nothing(nn.Module):
 
 
 def test_a_model_without_layers_to_choose_for() -> None:
-    model = ouro.compile(Nothing(), images(2), calibration=images(), mixed=MixedSpec(budget_mb=1.0))
+    model = ouro.compile(Nothing(), images(2), calibration=images(8), mixed=MixedSpec(budget_mb=1.0))
     assert model.full_report["mixed"]["rows"] == []
