@@ -368,5 +368,7 @@ class Nothing(nn.Module):
 
 
 def test_a_model_without_layers_to_choose_for() -> None:
-    model = ouro.compile(Nothing(), images(2), calibration=images(8), mixed=MixedSpec(budget_mb=1.0))
+    model = ouro.compile(
+        Nothing(), images(2), calibration=images(8), mixed=MixedSpec(budget_mb=1.0)
+    )
     assert model.full_report["mixed"]["rows"] == []
