@@ -122,6 +122,7 @@ def _compile(graph: ImageGraph, images: Images, options: Options) -> tuple[fx.Gr
         target="cuda" if graph.device.type == "cuda" else "cpu",
         strict=options.strict,
         batch_size=options.batch_size,
+        cache=options.cache,
     )
     if graph.device.type != "cpu":
         program = move_to_device_pass(program, graph.device)

@@ -16,15 +16,24 @@ from ouro_compiler.calibration.images import Images as Images
 from ouro_compiler.calibration.images import ResizedImages, image_of_other_resolution, shown
 from ouro_compiler.calibration.images import TensorImages as TensorImages
 from ouro_compiler.calibration.rows import site_rows
-from ouro_compiler.config import W4A4, Preprocessing, QuantConfig, SynthesisSpec, Target
+from ouro_compiler.config import (
+    W4A4,
+    MixedSpec,
+    Preprocessing,
+    QuantConfig,
+    SynthesisSpec,
+    Target,
+)
 from ouro_compiler.errors import ModelError, RefusedLayerError, UsageError, VerificationError
 from ouro_compiler.evaluation import OutlierCounter, accuracy, run_batches, snr_db
 from ouro_compiler.frontend.capture import capture, export
 from ouro_compiler.lowering.lower import lower
+from ouro_compiler.mixed_precision.search import choose_bits
 from ouro_compiler.passes import NORMALIZE, PIPELINE, QUANTIZE
 from ouro_compiler.passes.base import PassContext, pass_name, run_passes
 from ouro_compiler.recipes import find_recipe
 from ouro_compiler.recipes.planning import Plan
+from ouro_compiler.refinement import refined
 from ouro_compiler.report import LayerRow, Report
 from ouro_compiler.runtime.artifact import build_manifest, checksum
 from ouro_compiler.runtime.compiled_model import CompiledModel
@@ -41,6 +50,7 @@ def compile(
     *,
     calibration: Tensor | Images | SynthesisSpec | None = None,
     verify: Images | None = None,
+    mixed: MixedSpec | None = None,
     target: Target | None = None,
     preprocessing: Preprocessing | None = None,
     strict: bool = False,
@@ -53,9 +63,11 @@ def compile(
     example_inputs: one batch (B, C, H, W), any B >= 1. calibration: images (n, C, H, W) in the
     model's own normalisation; of another resolution only with `inlier_scale` per_tensor, for models
     that take both; or how to synthesise them from the model (None: SynthesisSpec()), which is done
-    once and kept in the user's cache unless `cache` is False. verify: images, with labels if there
-    are any, on which accuracy and logits SNR before and after are measured; without it they are
-    measured on the calibration images. preprocessing: of the model's images, for the artefact.
+    once and kept in the user's cache unless `cache` is False (as are learned scales). verify:
+    images, with labels if there are any, on which accuracy and logits SNR before and after are
+    measured; without it they are measured on the calibration images. mixed: what to choose the bits
+    of every layer for, starting from the configuration's (docs/mixed_precision.md).
+    preprocessing: of the model's images, for the artefact.
     strict: raise RefusedLayerError when a layer that the recipe selected stays in floating point.
     Raises UsageError for images that do not fit, or a model they cannot be synthesised from, and
     ModelError if the model cannot be traced.
@@ -83,6 +95,14 @@ def compile(
         images = TensorImages(calibration) if isinstance(calibration, Tensor) else calibration
     with timed(report, "capture"):
         captured = _capture_for(model, images, example, config, plan)
+    if mixed is not None:
+        if captured is not None:
+            raise UsageError("mixed precision needs calibration images of the model's resolution")
+        with timed(report, "mixed precision"):
+            config, plan, report.mixed = choose_bits(
+                gm, plan, config, mixed, images, verify, batch_size=batch_size, progress=progress
+            )
+        report.config = config.to_dict()
     program = quantize(
         gm,
         plan,
@@ -95,6 +115,7 @@ def compile(
         target=target or "cpu",
         strict=strict,
         batch_size=batch_size,
+        cache=cache,
         progress=progress,
     )
     manifest = build_manifest(
@@ -108,6 +129,7 @@ def compile(
     compiled = CompiledModel(program, manifest)
     compiled.manifest["checksum"] = checksum(compiled)
     compiled.seconds = dict(report.seconds)
+    compiled.full_report = report.to_dict()
     return compiled
 
 
@@ -159,6 +181,7 @@ def quantize(
     target: Target = "cpu",
     strict: bool = False,
     batch_size: int = 32,
+    cache: bool = True,
     progress: Progress | None = None,
 ) -> torch.export.ExportedProgram:
     """Calibrate, quantize, lower and measure a prepared graph, filling the report.
@@ -183,8 +206,20 @@ def quantize(
         parameters = recipe.calibrate(
             graph, found, config, calibration, batch_size=batch_size, progress=progress
         )
-        if calibrated is not None:
-            parameters = expand(parameters, plan.sites)
+    if config.refine.epochs:
+        with timed(report, "refine"):
+            better = refined(
+                graph,
+                parameters,
+                config,
+                calibration,
+                device=synthesis_device(target),
+                cache=cache,
+                progress=progress,
+            )
+            parameters, report.refine = better.calibration, better.report
+    if calibrated is not None:
+        parameters = expand(parameters, plan.sites)
     with timed(report, "quantize"):
         context = PassContext(
             config=config, sites=plan.sites, layers=plan.nodes, calibration=parameters
@@ -196,7 +231,7 @@ def quantize(
         if strict:
             refuse_skipped(report.layers)
         program = export(gm, example)
-        _fill_bytes(report, before, bytes_by_part(gm))
+        report.fill_bytes(before, bytes_by_part(gm))
     with timed(report, "measure"):
         counter = _measure(program, report, measured, logits, batch_size, progress)
         report.sites = site_rows(plan.sites, parameters, config, counter.shares())
@@ -288,14 +323,6 @@ def _measure(
         report.accuracy_before = accuracy(reference, images.labels)
         report.accuracy_after = accuracy(logits, images.labels)
     return counter
-
-
-def _fill_bytes(report: Report, before: dict[str, int], stored: dict[str, int]) -> None:
-    parts = sorted(before.keys() | stored.keys())
-    report.bytes_by_part = {
-        part: {"fp16": before.get(part, 0), "stored": stored.get(part, 0)} for part in parts
-    }
-    report.bytes_fp16, report.bytes_stored = sum(before.values()), sum(stored.values())
 
 
 @contextmanager

@@ -10,6 +10,10 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeVar
 
 from ouro_compiler.errors import UsageError
+from ouro_compiler.precision_specs import BITS
+from ouro_compiler.precision_specs import LayerBits as LayerBits
+from ouro_compiler.precision_specs import MixedSpec as MixedSpec
+from ouro_compiler.precision_specs import RefineSpec as RefineSpec
 from ouro_compiler.recipe_specs import KsqSpec, Ptq4vmSpec, QmambaSpec, QuambaSpec
 
 SsmCoverage = Literal["none", "params", "full"]
@@ -22,7 +26,6 @@ Features = Literal["alpha", "yp"]
 HiddenWeights = Literal["normalised", "raw", "uniform"]
 OutputLossName = Literal["mae", "ce", "none"]
 
-_BITS = (4, 6, 8)
 T = TypeVar("T")
 
 
@@ -33,8 +36,8 @@ class WeightSpec:
     bits: int = 4
 
     def __post_init__(self) -> None:
-        if self.bits not in _BITS:
-            raise UsageError(f"weight bits must be one of {_BITS}, got {self.bits}")
+        if self.bits not in BITS:
+            raise UsageError(f"weight bits must be one of {BITS}, got {self.bits}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +64,9 @@ class DynamicOutlierSpec:
     kappa_delta: float = 4.0  # the same for the scan's delta before softplus
 
     def __post_init__(self) -> None:
-        if self.inlier_bits not in _BITS or self.outlier_bits not in (8, 16):
+        if self.inlier_bits not in BITS or self.outlier_bits not in (8, 16):
             raise UsageError(
-                f"activations take inliers of {_BITS} and outliers of 8 or 16 bits, "
+                f"activations take inliers of {BITS} and outliers of 8 or 16 bits, "
                 f"got {self.inlier_bits} and {self.outlier_bits}"
             )
         if self.refresh_period < 1:
@@ -90,6 +93,8 @@ class QuantConfig:
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
     seed: int = 0
+    overrides: tuple[LayerBits, ...] = ()  # mixed precision (docs/mixed_precision.md)
+    refine: RefineSpec = field(default_factory=lambda: RefineSpec(epochs=0))
     ptq4vm: Ptq4vmSpec = field(default_factory=Ptq4vmSpec)
     qmamba: QmambaSpec = field(default_factory=QmambaSpec)
     ksq: KsqSpec = field(default_factory=KsqSpec)
@@ -97,6 +102,18 @@ class QuantConfig:
 
     def __post_init__(self) -> None:
         _check_choice("ssm", self.ssm, SsmCoverage)
+
+    def for_layer(self, layer: str) -> QuantConfig:
+        """The configuration as one layer sees it: the last of `overrides` that names it applied."""
+        found = [one for one in self.overrides if fnmatchcase(layer, one.pattern)]
+        if not found:
+            return self
+        return dataclasses.replace(
+            self,
+            weights=dataclasses.replace(self.weights, bits=found[-1].weights),
+            activations=dataclasses.replace(self.activations, inlier_bits=found[-1].activations),
+            overrides=(),
+        )
 
     def selects(self, layer: str) -> bool:
         """Do `include` and `exclude` leave this layer in?"""
@@ -147,6 +164,8 @@ def _with(config: T, path: list[str], value: str, full: str) -> T:
         )
     elif len(path) > 1:
         raise UsageError(f"there is no setting {full}: {path[0]} is a single value")
+    elif typing.get_origin(kind) is tuple and kind != tuple[str, ...]:
+        raise UsageError(f"{full} cannot be set as text: use --replay, or the Python interface")
     else:
         after = _parsed(kind, value, full)
     return dataclasses.replace(config, **{path[0]: after})  # type: ignore[type-var]
@@ -180,6 +199,8 @@ def _parsed(kind: Any, value: str, name: str) -> Any:
 
 def _from_dict(cls: type[T], data: Mapping[str, Any]) -> T:
     known = typing.get_type_hints(cls)
+    if not isinstance(data, Mapping):
+        raise UsageError(f"{cls.__name__} is read from names and values, got {data!r}")
     unknown = sorted(set(data) - set(known))
     if unknown:
         raise UsageError(f"{cls.__name__} has no field {', '.join(unknown)}")
@@ -188,8 +209,12 @@ def _from_dict(cls: type[T], data: Mapping[str, Any]) -> T:
         hint = known[name]
         if dataclasses.is_dataclass(hint):
             values[name] = _from_dict(typing.cast(type, hint), value)
+        elif typing.get_origin(hint) is tuple and isinstance(value, (list, tuple)):
+            inner: type = typing.get_args(hint)[0]
+            is_nested = dataclasses.is_dataclass(inner)
+            values[name] = tuple(_from_dict(inner, one) if is_nested else one for one in value)
         else:
-            values[name] = tuple(value) if isinstance(value, list) else value
+            values[name] = value
     return cls(**values)
 
 

@@ -70,6 +70,71 @@ class CalibrationRow:
 
 
 @dataclass(kw_only=True)
+class RefineRow:
+    """One block whose scales were learned: 1 - cosine of its outputs before and after, as used.
+
+    used: "learned", or "searched" where what was learned was no better on the calibration images
+    and the scales of the search stay. seconds: of learning, on the run that did it.
+    """
+
+    block: str
+    layers: int
+    epochs: int
+    loss_before: float
+    loss_after: float
+    used: Literal["learned", "searched"]
+    seconds: float
+
+
+@dataclass(kw_only=True)
+class RefineReport:
+    """Learned scales: a row a block; bytes_kept: the most held of values between blocks."""
+
+    rows: list[RefineRow]
+    images: int
+    bytes_kept: int
+
+    def to_dict(self, *, timing: bool) -> dict[str, Any]:
+        """Without `timing` it is deterministic."""
+        found = dataclasses.asdict(self)
+        if not timing:
+            for row in found["rows"]:
+                del row["seconds"]
+        return found
+
+
+@dataclass(kw_only=True)
+class MixedRow:
+    """Layers that share their bits, and what was measured of each choice for them alone.
+
+    options: dictionaries of weights, activations (bits), bytes, block_snr_db, logits_snr_db (null
+    where there is no difference). chosen: the number of the option that was taken.
+    """
+
+    layers: list[str]
+    options: list[dict[str, Any]]
+    chosen: int
+
+
+@dataclass(kw_only=True)
+class MixedReport:
+    """The search for bits: what was asked for, what it foresaw, and its measurements.
+
+    snr_db, drop: of the choice, simulated before the model was compiled, null without a target.
+    """
+
+    budget_bytes: int | None
+    min_snr_db: float | None
+    max_drop: float | None
+    smallest_bytes: int
+    bytes: int
+    snr_db: float | None
+    drop: float | None
+    met: bool
+    rows: list[MixedRow]
+
+
+@dataclass(kw_only=True)
 class Report:
     """Everything `--report` writes. Fractions for accuracy, decibels for SNR, bytes, seconds."""
 
@@ -86,6 +151,8 @@ class Report:
     logits_snr_db: float | None = None
     snr_data: str | None = None  # what logits_snr_db and outlier_share were measured on
     outlier_share: float | None = None
+    refine: RefineReport | None = None  # None: scales are those of the search
+    mixed: MixedReport | None = None  # None: no search for bits
     notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -99,8 +166,19 @@ class Report:
         """Layers left in floating point."""
         return [row for row in self.layers if row.status == "skipped"]
 
+    def fill_bytes(self, before: dict[str, int], stored: dict[str, int]) -> None:
+        """Note sizes by part of the model: all parameters at 2 bytes, and as they are stored."""
+        self.bytes_by_part = {
+            part: {"fp16": before.get(part, 0), "stored": stored.get(part, 0)}
+            for part in sorted(before.keys() | stored.keys())
+        }
+        self.bytes_fp16, self.bytes_stored = sum(before.values()), sum(stored.values())
+
     def to_dict(self, *, timing: bool = True) -> dict[str, Any]:
-        """The documented JSON form (docs/report.md). Without `timing` it is deterministic."""
+        """The documented JSON form (docs/report.md).
+
+        Without `timing` it is deterministic, and says what was compiled and not how that was found.
+        """
         found: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
             "config": self.config,
@@ -126,10 +204,12 @@ class Report:
                 "by_part": self.bytes_by_part,
             },
             "outlier_share": self.outlier_share,
+            "refine": self.refine.to_dict(timing=timing) if self.refine else None,
             "notes": self.notes,
         }
         if timing:
             found["seconds"] = self.seconds
+            found["mixed"] = dataclasses.asdict(self.mixed) if self.mixed else None
         return found
 
 

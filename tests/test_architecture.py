@@ -11,13 +11,14 @@ import ouro_compiler
 
 ROOT = Path(ouro_compiler.__file__).parent
 
-LEAVES = {"errors", "config", "report"}  # and recipe_specs, which only config reads
+LEAVES = {"errors", "config", "report"}  # and the specs, which only config reads
 SHARED = LEAVES | {"ops", "graph"}
 # docs/architecture.md has the same table, with reasons.
 ALLOWED = {
     "errors": set(),
     "recipe_specs": {"errors"},
-    "config": {"errors", "recipe_specs"},
+    "precision_specs": {"errors"},
+    "config": {"errors", "precision_specs", "recipe_specs"},
     "report": set(),
     "archive_rules": {"errors", "ops"},
     "archive_gate": {"archive_rules"},
@@ -42,7 +43,13 @@ ALLOWED = {
     | {"frontend", "evaluation", "inspection", "kernels"},
 }
 ALLOWED["synthetic"] = SHARED | {"calibration", "frontend", "kernels"}
-ALLOWED["compiler"] |= {"synthetic"}
+ALLOWED["refinement"] = SHARED | {"calibration", "kernels", "passes", "recipes", "synthetic"}
+ALLOWED["mixed_precision"] = (
+    SHARED
+    | {"precision_specs", "calibration", "evaluation", "lowering", "passes", "recipes", "sizes"}
+    | {"synthetic"}
+)
+ALLOWED["compiler"] |= {"mixed_precision", "refinement", "synthetic"}
 ALLOWED["backend_options"] = LEAVES | {"compiler", "data", "frontend"}
 ALLOWED["backend"] = LEAVES | {"backend_options", "compiler", "frontend", "synthetic"}
 EVERYTHING = set(ALLOWED)

@@ -52,6 +52,11 @@ def compile_command(
     exclude: options.Exclude = None,
     verify: options.Verify = None,
     max_drop: options.MaxDrop = None,
+    refine: options.Refine = False,
+    mixed: options.Mixed = False,
+    budget_mb: options.BudgetMb = None,
+    min_snr: options.MinSnr = None,
+    replay: options.Replay = None,
     dry_run: options.DryRun = False,
     strict: options.Strict = False,
     report: options.Report = None,
@@ -69,6 +74,8 @@ def compile_command(
     ]
     if len(chosen) > 1:
         raise UsageError(f"choose one of --{' and --'.join(chosen)}")
+    if chosen and replay is not None:
+        raise UsageError(f"--replay has bits of its own: leave out --{chosen[0]}")
     _log_passes(quiet, verbose)
     run(
         CompileRequest(
@@ -90,6 +97,11 @@ def compile_command(
             exclude=tuple(exclude or ()),
             verify=verify,
             max_drop=max_drop,
+            refine=refine,
+            mixed=mixed,
+            budget_mb=budget_mb,
+            min_snr=min_snr,
+            replay=replay,
             dry_run=dry_run,
             strict=strict,
             report=report,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +16,17 @@ from ouro_compiler.cli.calibration import (
     synthesis_progress,
 )
 from ouro_compiler.cli.console import human_bytes, print_table, progress_bars, write_json
+from ouro_compiler.cli.precision import print_mixed, print_refined, replayed, verdict
 from ouro_compiler.cli.source import ModelSource
-from ouro_compiler.config import PRESETS, QuantConfig, SynthesisSpec, Target
-from ouro_compiler.errors import OuroError, UsageError, VerificationError
+from ouro_compiler.config import (
+    PRESETS,
+    MixedSpec,
+    QuantConfig,
+    RefineSpec,
+    SynthesisSpec,
+    Target,
+)
+from ouro_compiler.errors import UsageError
 
 if TYPE_CHECKING:
     from ouro_compiler.data import ImageData
@@ -47,6 +56,11 @@ class CompileRequest:
     exclude: tuple[str, ...]
     verify: str | None
     max_drop: float | None
+    refine: bool
+    mixed: bool
+    budget_mb: float | None
+    min_snr: float | None
+    replay: Path | None
     dry_run: bool
     strict: bool
     report: Path | None
@@ -54,9 +68,13 @@ class CompileRequest:
     seed: int
     quiet: bool
 
-    @property
+    @cached_property
     def config(self) -> QuantConfig:
-        """The preset with the options applied."""
+        """The preset with the options applied, or what --replay says."""
+        return self._of_options if self.replay is None else replayed(self.replay, self._of_options)
+
+    @property
+    def _of_options(self) -> QuantConfig:
         preset = PRESETS[self.preset]
         config = dataclasses.replace(
             preset,
@@ -71,12 +89,30 @@ class CompileRequest:
         )
         for setting in self.settings:
             config = config.with_setting(setting)
+        if self.refine and not config.refine.epochs:
+            epochs = RefineSpec().epochs
+            config = dataclasses.replace(
+                config, refine=dataclasses.replace(config.refine, epochs=epochs)
+            )
         return config
+
+    @property
+    def search(self) -> MixedSpec | None:
+        """What bits are to be chosen for; None where they are not. Raises UsageError."""
+        if not (self.mixed or self.budget_mb is not None or self.min_snr is not None):
+            return None
+        if self.replay is not None:
+            raise UsageError(
+                "--replay takes the bits of layers from a report: leave out the search"
+            )
+        return MixedSpec(budget_mb=self.budget_mb, min_snr=self.min_snr, max_drop=self.max_drop)
 
     @property
     def destination(self) -> Path:
         """Where the artefact goes."""
-        return self.output or Path(f"{self.source.stem}.{self.preset}.pt2")
+        kind = self.preset if self.replay is None else "replayed"
+        kind = kind if self.search is None else f"{kind}.mixed"
+        return self.output or Path(f"{self.source.stem}.{kind}.pt2")
 
 
 def run(request: CompileRequest) -> None:
@@ -97,8 +133,8 @@ def run(request: CompileRequest) -> None:
         None if request.verify is None else labelled_images(request.verify, loaded.preprocessing)
     )
     compiled = _compile(request, loaded, calibration, verify)
-    report = {**compiled.report, "seconds": compiled.seconds}
-    failure = _verdict(request, report)
+    report = compiled.full_report
+    failure = verdict(request.max_drop, report)
     if failure is None:
         compiled.save(request.destination)
         if request.precompile is not None:
@@ -118,6 +154,8 @@ def _check(request: CompileRequest) -> None:
     if request.max_drop is not None and request.verify is None:
         raise UsageError("--max-drop needs --verify DATA to measure a drop on")
     find_recipe(request.config.recipe).configure(request.config)
+    if request.search is not None and request.dry_run:
+        raise UsageError("--dry-run does not measure layers: leave out the search for bits")
     check_calibration(request.calibration, request.iterations)
     if request.precompile is not None:
         from ouro_compiler.kernels.offline import parse_architectures
@@ -149,6 +187,7 @@ def _compile(
             request.config,
             calibration=calibration,
             verify=verify,
+            mixed=request.search,
             target=request.target,
             preprocessing=loaded.preprocessing,
             strict=request.strict,
@@ -175,19 +214,6 @@ def _precompile(request: CompileRequest, compiled: CompiledModel) -> list[dict[s
                 if progress is not None:
                     progress(f"compiling for sm_{architecture}", done, len(launches))
     return rows
-
-
-def _verdict(request: CompileRequest, report: dict[str, Any]) -> OuroError | None:
-    """Why verification failed, None if it did not."""
-    before, after = report["accuracy"]["before"], report["accuracy"]["after"]
-    if request.max_drop is not None and before is not None:
-        drop = 100 * (before - after)
-        if drop > request.max_drop + 1e-9:
-            return VerificationError(
-                f"accuracy fell by {drop:.2f} points, {request.max_drop:g} are allowed: "
-                "no artefact was written"
-            )
-    return None
 
 
 def _dry_run(request: CompileRequest, loaded: LoadedModel) -> None:
@@ -244,6 +270,8 @@ def _print_result(request: CompileRequest, report: dict[str, Any], *, saved: boo
         table.add_row("note", note)
     table.add_row("time", f"{sum(report['seconds'].values()):.1f} s")
     print_table(table)
+    print_refined(report["refine"])
+    print_mixed(report["mixed"])
     if "precompiled" in report:
         _print_precompiled(report["precompiled"])
     if saved:

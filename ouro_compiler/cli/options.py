@@ -138,6 +138,22 @@ Verify = Annotated[str | None, typer.Option(help="labelled images to measure acc
 MaxDrop = Annotated[
     float | None, typer.Option(min=0.0, help="accuracy points that may be lost (exit 5)")
 ]
+Refine = Annotated[
+    bool, typer.Option("--refine", help="learn the scales, block by block (docs/refine.md)")
+]
+Mixed = Annotated[
+    bool,
+    typer.Option("--mixed", help="choose bits for every layer, to meet --max-drop or the next two"),
+]
+BudgetMb = Annotated[
+    float | None, typer.Option(help="MB that parameters and scales may take (implies --mixed)")
+]
+MinSnr = Annotated[
+    float | None, typer.Option(help="dB that the logits' SNR must reach (implies --mixed; exit 5)")
+]
+Replay = Annotated[
+    Path | None, typer.Option(help="take the configuration, bits of layers too, from a --report")
+]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="say what would be quantized, write nothing")
 ]

@@ -24,6 +24,12 @@ def _supports(gm: fx.GraphModule, node: fx.Node) -> str | None:
     return None
 
 
+def stored_bytes(codes: torch.Tensor) -> int:
+    """Bytes that int8 codes (O, K) of a weight take once they are packed, if they are."""
+    columns = -(-codes.shape[1] // 2) if _fits_four_bits(codes) else codes.shape[1]
+    return codes.shape[0] * columns
+
+
 def _pack(gm: fx.GraphModule, node: fx.Node) -> None:
     """Pack in place whatever fits 4 bits. Codes that are packed already stay as they are."""
     qweight = argument(node, "qweight")

@@ -36,11 +36,14 @@ NORMALIZE: tuple[Pass, ...] = (
     fuse_direction_flips,  # late: it walks through the ops that the passes above made
     share_views,  # last: views on either side of a dropped flip have become equal
 )
-QUANTIZE: tuple[Pass, ...] = (
+INSERT: tuple[Pass, ...] = (
     insert_quantize_dequantize,  # needs the calibrated table, so the graph must be normalised
     insert_fake_quantize,  # the sites of simulated recipes; order between the two is free
     quantize_recurrence,  # after both: it takes scans with what they did to operands and outputs
     insert_quantized_scan,  # after both, which look for a site by its argument of the scan
+)
+QUANTIZE: tuple[Pass, ...] = (
+    *INSERT,  # from here on the graph computes in floating point what it will in integers
     fuse_dequantize_epilogue,  # reads what the first pass wrote
     fuse_quantize_prologue,  # last: which values must be emitted shows once nothing dequantizes
 )

@@ -66,7 +66,7 @@ def insert_fake_quantize(gm: fx.GraphModule, ctx: PassContext) -> bool:
 
 class _Inserter:
     def __init__(self, gm: fx.GraphModule, ctx: PassContext) -> None:
-        self.gm, self.weights, self.bits = gm, ctx.calibration.weights, ctx.config.weights.bits
+        self.gm, self.config, self.weights = gm, ctx.config, ctx.calibration.weights
         self.quantized: dict[str, fx.Node] = {}
         self.rotations: dict[int, str] = {}  # names of constants by their tensors' identities
 
@@ -113,17 +113,18 @@ class _Inserter:
     def quantize_constants(self, site: Site) -> None:
         """The weight of the site's layer, or what its calibration holds of a scan's."""
         gm, node, layer = self.gm, site.node, site.layer
+        bits = self.config.for_layer(layer).weights.bits
         if is_op(node, _SCAN):
             log_a, skip = self.weights.get(f"{layer}.A"), self.weights.get(f"{layer}.D")
-            replace_scan_constants(gm, node, layer, log_a=log_a, skip=skip, bits=self.bits)
+            replace_scan_constants(gm, node, layer, log_a=log_a, skip=skip, bits=bits)
         elif is_op(node, aten.linear.default) or layer in self.weights:
             found = self.weights.get(layer)
             if found is None:
                 weight = get_constant(gm, node.args[1])
                 assert weight is not None
-                codes, scale = quantize_weight(weight, self.bits)
+                codes, scale = quantize_weight(weight, bits)
                 found = QWeight(codes=codes, scale=scale)
-            made = dequantized_weight(gm, node, layer, found, self.bits)
+            made = dequantized_weight(gm, node, layer, found, bits)
             shape = value_of(node.args[1]).shape  # type: ignore[arg-type]
             if len(shape) != 2:
                 made = insert_call(gm.graph, node, aten.reshape.default, made, list(shape))

@@ -86,7 +86,7 @@ def insert_quantize_dequantize(gm: fx.GraphModule, ctx: PassContext) -> bool:
 class _Inserter:
     def __init__(self, gm: fx.GraphModule, ctx: PassContext) -> None:
         self.gm, self.calibration = gm, ctx.calibration
-        self.spec, self.weight_bits = ctx.config.activations, ctx.config.weights.bits
+        self.config, self.spec = ctx.config, ctx.config.activations
         self.dequantized: dict[str, fx.Node] = {}
 
     def quantize_activation(self, site: Site, params: QParams) -> None:
@@ -158,31 +158,37 @@ class _Inserter:
         if weight is None:
             found = get_constant(self.gm, site.node.args[1])
             assert found is not None
-            weight = self._searched(found)
-        site.node.update_arg(1, self._dequantized(site.node, site.layer, weight))
+            weight = _searched(found, self._weight_bits(site))
+        node = self._dequantized(site.node, site.layer, weight, self._weight_bits(site))
+        site.node.update_arg(1, node)
 
     def quantize_scan_parameters(self, site: Site) -> None:
         scan = site.node
         arguments = all_arguments(scan)
         A = get_constant(self.gm, arguments[2])
         assert A is not None
-        codes, scale, zero = quantize_rows_asymmetric(torch.log(-A.float()), self.weight_bits)
+        bits = self._weight_bits(site)
+        codes, scale, zero = quantize_rows_asymmetric(torch.log(-A.float()), bits)
         D = get_constant(self.gm, arguments[5])
         replace_scan_constants(
             self.gm,
             scan,
             site.layer,
             log_a=QWeight(codes=codes, scale=scale, zero_point=zero),
-            skip=None if D is None else self._searched(D.view(1, -1)),
-            bits=self.weight_bits,
+            skip=None if D is None else _searched(D.view(1, -1), bits),
+            bits=bits,
         )
 
-    def _searched(self, weight: Tensor) -> QWeight:
-        codes, scale = quantize_weight(weight, self.weight_bits)
-        return QWeight(codes=codes, scale=scale)
+    def _weight_bits(self, site: Site) -> int:
+        return self.config.for_layer(site.layer).weights.bits
 
-    def _dequantized(self, before: fx.Node, name: str, weight: QWeight) -> fx.Node:
-        return dequantized_weight(self.gm, before, name, weight, self.weight_bits)
+    def _dequantized(self, before: fx.Node, name: str, weight: QWeight, bits: int) -> fx.Node:
+        return dequantized_weight(self.gm, before, name, weight, bits)
 
     def _constant(self, before: fx.Node, name: str, value: Tensor) -> fx.Node:
         return constant(self.gm, before, name, value)
+
+
+def _searched(weight: Tensor, bits: int) -> QWeight:
+    codes, scale = quantize_weight(weight, bits)
+    return QWeight(codes=codes, scale=scale)

@@ -66,3 +66,10 @@ def refuse_outlier_rules(config: QuantConfig, why: str) -> None:
         if getattr(spec, name) != getattr(DynamicOutlierSpec(), name):
             value = getattr(spec, name)
             raise UsageError(f"{name} {value} is a rule for dynamic outliers, and {why}")
+
+
+def refuse_layer_bits(config: QuantConfig, recipe: str) -> QuantConfig:
+    """The same configuration. Raises UsageError if single layers have bits of their own."""
+    if config.overrides:
+        raise UsageError(f"recipe {recipe} has one width for all layers: overrides do not apply")
+    return config

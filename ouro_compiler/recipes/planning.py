@@ -116,11 +116,12 @@ def plan_graph(
 ) -> Plan:
     """Ask the recipe's functions about every layer of a normalised graph, in graph order.
 
-    shared: consumers of one activation share one quantizer, under the first one's name.
+    shared: consumers of one activation, at the same bits, share one quantizer, under the first
+    one's name.
     """
     found = Plan()
     reversed_linears = _linears_of_reversed_scans(gm)
-    sources: dict[tuple[fx.Node, bool, bool], str] = {}
+    sources: dict[tuple[fx.Node, bool, bool, int], str] = {}
     for node in gm.graph.nodes:
         if is_op(node, aten.linear.default):
             choose, layer = linear, _linear(gm, node, config, node in reversed_linears)
@@ -132,14 +133,15 @@ def plan_graph(
             layer = Layer(gm=gm, node=node, name=name, kind="conv", config=config)
         else:
             continue
-        layer = dataclasses.replace(layer, name=_unique(layer.name, found.nodes))
+        name = _unique(layer.name, found.nodes)
+        layer = dataclasses.replace(layer, name=name, config=config.for_layer(name))
         row, sites = choose(layer)
         found.rows.append(row)
         found.nodes[row.name] = node
         for site in sites:
             name = f"{row.name}.{site.name}"
             if shared and site.index not in RECURRENCE:
-                name = sources.setdefault((*_tokens_of(site), site.reverse), name)
+                name = sources.setdefault((*_tokens_of(site), site.reverse, site.bits), name)
             found.sites.append(dataclasses.replace(site, name=name, layer=row.name))
     return found
 

@@ -84,7 +84,8 @@ def calibrate_sites(
         weight = get_constant(gm, site.node.args[1])
         assert weight is not None  # planned
         smooth[site.name] = smoothing(peaks[site.name], weight, config.ptq4vm.alpha)
-        codes, scale = quantize_weight(weight.float() * smooth[site.name], config.weights.bits)
+        bits = config.for_layer(site.layer).weights.bits
+        codes, scale = quantize_weight(weight.float() * smooth[site.name], bits)
         weights[site.layer] = QWeight(codes=codes, scale=scale)
     transforms = {name: _divided_by(vector) for name, vector in smooth.items()}
     found = observe_sites(gm, plan.sites, config.activations, source, total, progress, transforms)

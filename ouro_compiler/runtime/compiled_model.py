@@ -26,6 +26,7 @@ class CompiledModel(nn.Module):
         super().__init__()
         self.program, self.manifest = program, dict(manifest)
         self.seconds: dict[str, float] = {}  # what compiling took, by stage; not stored
+        self.full_report: dict[str, Any] = {}  # with times and the search for bits; not stored
         module = program.module(check_guards=False)
         assert isinstance(module, fx.GraphModule)
         self.graph_module = module

@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -20,9 +17,7 @@ from torch import Tensor
 
 from ouro_compiler.calibration.synthesis.loop import CURVE, Batch, Synthesizer
 from ouro_compiler.calibration.synthesis.objectives import OutputLoss
-from ouro_compiler.graph import constant_names, get_constant
-
-logger = logging.getLogger(__name__)
+from ouro_compiler.calibration.tensor_store import TensorStore, constants_of, tensors_digest
 
 FORMAT_VERSION = 1
 
@@ -31,34 +26,20 @@ class Store:
     """The batches of one set of images. Where the disk fails, images are made and not kept."""
 
     def __init__(self, folder: Path, key: str) -> None:
-        self.folder, self.key = folder / key, key
+        self.tensors = TensorStore(folder, key, "synthesised images")
 
     def load(self, index: int, numbers: Sequence[int], synthesizer: Synthesizer) -> Batch | None:
         """A batch as it was kept, finished or not, if it is there, whole, and of these numbers."""
-        from safetensors import SafetensorError, safe_open
-
-        path = self._path(index)
-        if not path.is_file():
-            return None
-        try:
-            with safe_open(path, framework="pt", device="cpu") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError, ValueError) as error:
-            logger.warning("%s cannot be read and is made again: %s", path, error)
-            return None
-        if metadata.get("key") != self.key or metadata.get("digest") != tensors_digest(tensors):
-            logger.warning("%s does not hold what it says and is made again", path)
+        tensors = self.tensors.load(_name(index))
+        if tensors is None:
             return None
         batch = _batch(list(numbers), tensors, synthesizer)
         if batch is None:
-            logger.warning("%s holds other images and is made again", path)
+            self.tensors.refuse(_name(index), "other images")
         return batch
 
     def save(self, index: int, batch: Batch, *, finished: bool) -> None:
         """Keep a batch; what an unfinished one needs to go on is left out of a finished one."""
-        from safetensors.torch import save
-
         tensors = {
             "images": batch.images,
             "iteration": torch.tensor(batch.iteration),
@@ -66,16 +47,11 @@ class Store:
         }
         if not finished:
             tensors |= {"first": batch.moments[0], "second": batch.moments[1]}
-        tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        content = save(tensors, {"key": self.key, "digest": tensors_digest(tensors)})
-        try:
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            _replace(self._path(index), content)
-        except OSError as error:
-            logger.warning("synthesised images are not kept in %s: %s", self.folder, error)
+        self.tensors.save(_name(index), tensors)
 
-    def _path(self, index: int) -> Path:
-        return self.folder / f"batch-{index:05d}.safetensors"
+
+def _name(index: int) -> str:
+    return f"batch-{index:05d}"
 
 
 def _batch(
@@ -108,17 +84,6 @@ def _curve(tensors: Mapping[str, Tensor]) -> list[tuple[float, ...]]:
     return [tuple(row) for row in tensors["curve"].tolist()]
 
 
-def _replace(path: Path, content: bytes) -> None:
-    descriptor, partial = tempfile.mkstemp(dir=path.parent, suffix=".partial")  # mode 0600
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-        os.replace(partial, path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
-
-
 # What images depend on
 
 
@@ -146,15 +111,9 @@ def synthesis_key(synthesizer: Synthesizer, loss: str) -> str:
         "preprocessing": synthesizer.preprocessing.to_dict(),
         "loss": loss,
         "graph": str(gm.graph),
-        "constants": tensors_digest(_constants(gm)),
+        "constants": tensors_digest(constants_of(gm)),
     }
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-
-
-def _constants(gm: torch.fx.GraphModule) -> dict[str, Tensor]:
-    nodes = {str(node.target): node for node in gm.graph.nodes if node.op == "get_attr"}
-    found = {name: get_constant(gm, nodes[name]) for name in constant_names(gm)}
-    return {name: value for name, value in found.items() if value is not None}
 
 
 def _identity(loss: OutputLoss) -> str | None:
@@ -169,14 +128,4 @@ def _code_digest() -> str:
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()
-
-
-def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 over names, dtypes, shapes and bytes of tensors, in name order."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        value = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
