@@ -7,6 +7,7 @@ from pathlib import Path
 
 import benchmarks.accuracy
 import benchmarks.cpu
+import benchmarks.fidelity
 import benchmarks.models
 import benchmarks.offline
 import benchmarks.synthesis
