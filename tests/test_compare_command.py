@@ -119,9 +119,29 @@ def test_a_row_that_fails_is_a_row_and_is_tried_again(
     assert all(row["reason"] is None for row in rows)
 
 
-def test_another_model_is_not_resumed(cli: Cli) -> None:
+class Refusing:
+    """Calibration that fails at once, and what images it was given."""
+
+    def __init__(self) -> None:
+        self.images: list[Any] = []
+
+    def __call__(self, gm: Any, plan: Any, config: Any, images: Any, **kwargs: Any) -> Any:
+        self.images.append(images)
+        raise UsageError("not today")
+
+
+@pytest.fixture
+def refusing(monkeypatch: pytest.MonkeyPatch) -> Refusing:
+    """Every recipe refuses: rows are quick, and all of them fail."""
+    found = Refusing()
+    for name, recipe in RECIPES.items():
+        monkeypatch.setitem(RECIPES, name, dataclasses.replace(recipe, calibrate=found))
+    return found
+
+
+def test_another_model_is_not_resumed(cli: Cli, refusing: Refusing) -> None:
     args = ("--recipes", "rtn", "--json", "r.json", "-q")
-    assert cli(*MODEL, *args, entry=main).code == 0
+    assert cli(*MODEL, *args, entry=main).code == 2  # its row is kept all the same
     other = {name: tensor.clone() for name, tensor in small_vim(2).state_dict().items()}
     save_file(other, "vim.safetensors")
     before = Path("r.json").read_text()
@@ -133,7 +153,9 @@ def test_another_model_is_not_resumed(cli: Cli) -> None:
     refused(cli(*MODEL, *args, "--resume", entry=main), 2, "no result of ouro compare")
 
 
-def test_images_are_synthesised_once_a_seed(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_synthesised_once_a_seed(
+    cli: Cli, refusing: Refusing, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made: list[int] = []
 
     def counted(*args: Any, **kwargs: Any) -> Any:
@@ -142,18 +164,34 @@ def test_images_are_synthesised_once_a_seed(cli: Cli, monkeypatch: pytest.Monkey
 
     before = synthetic.synthetic_images
     monkeypatch.setattr(synthetic, "synthetic_images", counted)
-    args = ("--images", "2", "--iterations", "2", "--seeds", "5,6", "--no-cache")
+    args = ("--images", "2", "--iterations", "1", "--seeds", "5,6", "--no-cache")
     some = ("compare", "vim.safetensors", "--data", "test.npz", "--recipes", "rtn,ouromamba")
     result = cli(*some, *args, "--json", "r.json", "-q", entry=main)
-    assert (result.code, result.out) == (0, "")
-    assert sorted(made) == [5, 6]
-    rows = read()["rows"]
-    assert [row["seed"] for row in rows] == [5, 6, 5, 6]
-    # Other images, other scales: the seed reached the images.
-    assert rows[0]["logits_snr_db"] != rows[1]["logits_snr_db"]
-    shown = markdown(read())
-    assert shown.count("| W4A4 | 2 |") == 2
-    assert "±" in shown
+    assert (result.code, made) == (2, [5, 6])
+    assert [row["seed"] for row in read()["rows"]] == [5, 6, 5, 6]
+    first, second, again, _ = refusing.images
+    assert first is again
+    assert not torch.equal(*(next(one.batches(2)) for one in (first, second)))
+
+
+def test_means_over_seeds() -> None:
+    row = {"recipe": "a|b", "bits": "w4a4", "reason": None, **dict.fromkeys(MEASURED)}
+    tops = [0.90, 0.94, None]
+    rows = [{**row, "seed": seed, "top1": top} for seed, top in enumerate(tops)]
+    rows[2]["reason"] = "it broke"
+    made = {"model": "m", "data": "d", "calibration": "noise", "calibration_images": 2}
+    result = {
+        "made": {**made, "device": "cpu", "batch_size": 4},
+        "floating_point": {"top1": 0.99, "top5": 1.0, "images_per_second": None},
+        "top_k": 3,
+        "rows": rows,
+    }
+    shown = markdown(result)
+    assert "| top-3 % |" in shown
+    assert "| a\\|b | W4A4 | 2 of 3 | 92.00 ± 2.83 | - |" in shown
+    assert "- a\\|b W4A4, seed 2: it broke" in shown
+    circles = ElementTree.fromstring(plot_accuracy(result)).iter(f"{SVG}circle")
+    assert len(list(circles)) == 2
 
 
 @pytest.mark.parametrize(
