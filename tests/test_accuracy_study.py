@@ -106,6 +106,7 @@ def test_a_model_with_injected_outliers(examples: Path) -> None:
     assert "| small_digits | even | W4A4 |" in page
 
 
+@pytest.mark.slow
 def test_processes_give_rows_too(tmp_path: Path) -> None:
     """Of a real example, without compiling, beside a process that fails."""
     file = tmp_path / "rows.json"
