@@ -52,6 +52,7 @@ ALLOWED["mixed_precision"] = (
 ALLOWED["compiler"] |= {"mixed_precision", "refinement", "synthetic"}
 ALLOWED["backend_options"] = LEAVES | {"compiler", "data", "frontend"}
 ALLOWED["backend"] = LEAVES | {"backend_options", "compiler", "frontend", "synthetic"}
+ALLOWED["comparison"] = LEAVES | {"calibration", "compiler", "data", "runtime", "scoring"}
 EVERYTHING = set(ALLOWED)
 ALLOWED["cli"] = EVERYTHING
 # Written as ouro_compiler.__version__ in the manifest; the public names of __init__ load lazily.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import threading
 from functools import lru_cache
 
@@ -40,6 +41,17 @@ def test_the_same_bits_as_the_graph(preset: str) -> None:
             batch = images(size, seed=10 * round_ + size)
             assert torch.equal(runner(batch), by_graph(model, batch)), (round_, size)
     assert len(runner._tapes) == 2
+
+
+def test_fixed_lists_are_on_the_tape() -> None:
+    """Lists of outliers are written on every run, into memory that others used meanwhile."""
+    activations = dataclasses.replace(ouro.W4A4.activations, outliers="static")
+    config = dataclasses.replace(ouro.W4A4, activations=activations)
+    model = ouro.compile(small_vim(), images(2), config, calibration=images())
+    assert model.report["outlier_share"] > 0
+    for seed in range(4):
+        batch = images(3, seed=seed)
+        assert torch.equal(model(batch), by_graph(model, batch)), seed
 
 
 def test_outputs_are_the_callers_own() -> None:

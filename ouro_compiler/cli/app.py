@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ouro_compiler.cli import options
+from ouro_compiler.cli.compare_options import compare_command
 from ouro_compiler.errors import OuroError, UsageError
 
 if TYPE_CHECKING:
@@ -295,6 +296,7 @@ def main() -> None:
             compile=compile_command,
             generate=generate_command,
             eval=eval_command,
+            compare=compare_command,
             inspect=inspect_command,
         )
     )

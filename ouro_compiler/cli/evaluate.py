@@ -107,7 +107,7 @@ def _open(source: ModelSource, device: torch.device) -> _Subject:
         return _Subject(
             name=source.name,
             kind="floating point",
-            run=_eager(source.name, loaded, device),
+            run=eager_model(source.name, loaded, device),
             preprocessing=loaded.preprocessing,
         )
     compiled = load(source.name, device=device)
@@ -139,7 +139,7 @@ def _default(shape: list[int]) -> Preprocessing:
     return default_preprocessing(shape[1], shape[2])
 
 
-def _eager(name: str, loaded: LoadedModel, device: torch.device) -> nn.Module:
+def eager_model(name: str, loaded: LoadedModel, device: torch.device) -> nn.Module:
     """A model as it came, on a device."""
     import torch
 

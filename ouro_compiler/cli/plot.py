@@ -8,7 +8,9 @@ from xml.sax.saxutils import escape
 
 _WIDTH, _HEIGHT = 720, 400
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 170, 40, 50
-_COLOURS = ("#1b1b1b", "#0072b2", "#d55e00", "#009e73", "#cc79a7")
+COLOURS = (
+    "#1b1b1b", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f",
+)  # fmt: skip
 
 
 def plot_curves(rows: Sequence[Sequence[float]], names: Sequence[str], title: str) -> str:
@@ -34,29 +36,29 @@ def plot_curves(rows: Sequence[Sequence[float]], names: Sequence[str], title: st
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" '
         f'width="{_WIDTH}" height="{_HEIGHT}" font-family="sans-serif" font-size="13">',
         f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="white"/>',
-        _text(_LEFT, 24, title, size=15),
+        svg_text(_LEFT, 24, title, size=15),
     ]
     right, bottom = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
     for tick in _decades(low, high):
-        parts += [_line(_LEFT, y(tick), right, y(tick), "#dddddd")]
-        parts += [_text(_LEFT - 8, y(tick) + 4, f"{tick:g}", anchor="end")]
+        parts += [svg_line(_LEFT, y(tick), right, y(tick), "#dddddd")]
+        parts += [svg_text(_LEFT - 8, y(tick) + 4, f"{tick:g}", anchor="end")]
     for step in _steps(last):
-        parts += [_line(x(step), bottom, x(step), bottom + 5, "#444444")]
-        parts += [_text(x(step), bottom + 20, str(step), anchor="middle")]
-    parts += [_line(_LEFT, _TOP, _LEFT, bottom, "#444444")]
-    parts += [_line(_LEFT, bottom, right, bottom, "#444444")]
-    parts += [_text((_LEFT + right) / 2, _HEIGHT - 10, "iteration", anchor="middle")]
+        parts += [svg_line(x(step), bottom, x(step), bottom + 5, "#444444")]
+        parts += [svg_text(x(step), bottom + 20, str(step), anchor="middle")]
+    parts += [svg_line(_LEFT, _TOP, _LEFT, bottom, "#444444")]
+    parts += [svg_line(_LEFT, bottom, right, bottom, "#444444")]
+    parts += [svg_text((_LEFT + right) / 2, _HEIGHT - 10, "iteration", anchor="middle")]
     middle = (_TOP + bottom) / 2
     parts += [
-        _text(18, middle, "loss", anchor="middle", more=f' transform="rotate(-90 18 {middle})"')
+        svg_text(18, middle, "loss", anchor="middle", more=f' transform="rotate(-90 18 {middle})"')
     ]
     for place, (name, points) in enumerate(series.items()):
-        colour = _COLOURS[place % len(_COLOURS)]
+        colour = COLOURS[place % len(COLOURS)]
         path = " ".join(f"{x(iteration):.1f},{y(value):.1f}" for iteration, value in points)
         parts += [f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>']
         line, end = _TOP + 14 + 22 * place, f"{points[-1][1]:.3g}"
-        parts += [_line(right + 14, line, right + 38, line, colour, width=3)]
-        parts += [_text(right + 44, line + 4, f"{name}: {end}")]
+        parts += [svg_line(right + 14, line, right + 38, line, colour, width=3)]
+        parts += [svg_text(right + 44, line + 4, f"{name}: {end}")]
     return "\n".join([*parts, "</svg>\n"])
 
 
@@ -74,13 +76,15 @@ def _steps(last: int) -> list[int]:
     return [1, *range(size if size > 1 else 2, last + 1, size)]
 
 
-def _line(x1: float, y1: float, x2: float, y2: float, colour: str, *, width: float = 1) -> str:
+def svg_line(x1: float, y1: float, x2: float, y2: float, colour: str, *, width: float = 1) -> str:
+    """A straight line, in pixels from the upper left corner."""
     ends = f'x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"'
     return f'<line {ends} stroke="{colour}" stroke-width="{width}"/>'
 
 
-def _text(
+def svg_text(
     x: float, y: float, text: str, *, anchor: str = "start", size: int = 13, more: str = ""
 ) -> str:
+    """Text, escaped; anchor: start, middle or end."""
     place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}"{more}'
     return f"<text {place}>{escape(text)}</text>"

@@ -24,11 +24,7 @@ def capture(model: nn.Module | torch.export.ExportedProgram, example: Tensor) ->
     and norms of public code become ops (docs/standins.md). Raises ModelError if the model cannot be
     traced.
     """
-    if isinstance(model, torch.export.ExportedProgram):
-        program = model
-    else:
-        with _evaluating(model), replaced_functions(model):
-            program = export(model, example)
+    program = exported(model, example)
     if _writes_in_place(program.graph):
         program = program.run_decompositions({})  # functionalises; layers stay whole
     gm = program.module(check_guards=False)
@@ -39,6 +35,16 @@ def capture(model: nn.Module | torch.export.ExportedProgram, example: Tensor) ->
             f"the model takes {len(placeholders)} inputs; ouro compiles models of one image tensor"
         )
     return gm
+
+
+def exported(
+    model: nn.Module | torch.export.ExportedProgram, example: Tensor
+) -> torch.export.ExportedProgram:
+    """A model as `capture` traces it, for those who capture it several times. It shares weights."""
+    if isinstance(model, torch.export.ExportedProgram):
+        return model
+    with _evaluating(model), replaced_functions(model):
+        return export(model, example)
 
 
 def export(

@@ -18,7 +18,7 @@ from ouro_compiler.kernels.cpp.launch import (
     spec_of,
 )
 from ouro_compiler.kernels.cpp.scan import token_major
-from ouro_compiler.kernels.launch import contiguous, note_copy
+from ouro_compiler.kernels.launch import contiguous, current_recording, note_copy
 from ouro_compiler.kernels.spec import Template
 from ouro_compiler.ops.fused import check_gate_sum, empty_quantized
 from ouro_compiler.ops.library import reject
@@ -151,17 +151,25 @@ def quantize_static_outlier(
     vectors = (inlier_scale, zero_point)
     check_quantize("quantize_static_outlier", x, vectors, *static[:3])
     x = rows(x, "x")
-    codes, scale, start = empty_quantized(x, tuple(x.shape), static[2])  # type: ignore[arg-type]
-    start.fill_(torch.iinfo(start.dtype).max)
-    start[:, :, channels] = 0
+    channels = contiguous(channels.long(), "channels")
+    if current_recording() is None:  # what is recorded has no values, and ran before
+        _check_channels(channels, x.shape[2])
+    quantized = empty_quantized(x, tuple(x.shape), static[2])  # type: ignore[arg-type]
+    # The kernel writes the list too: what the host writes is not repeated by a tape.
     launch(
         spec_of(Template.QUANTIZE_STATIC, DTYPE=dtype_code(x)),
         *(x, x.stride(0), x.stride(1)),
         *vector(inlier_scale, "inlier_scale"),
         *vector(zero_point, "zero_point"),
-        *quantizer((codes, scale, start), static),
+        *(channels, channels.numel()),
+        *quantizer(quantized, static),
     )
-    return codes, scale, start
+    return quantized
+
+
+def _check_channels(channels: Tensor, columns: int) -> None:
+    if bool(((channels < -columns) | (channels >= columns)).any()):
+        raise IndexError(f"a channel of {channels.tolist()} is not among {columns} channels")
 
 
 def dequantize_dynamic_outlier(
