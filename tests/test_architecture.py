@@ -41,6 +41,7 @@ ALLOWED = {
     | {"data", "models", "calibration", "passes", "recipes", "sizes", "runtime", "lowering"}
     | {"frontend", "evaluation", "inspection", "kernels"},
 }
+ALLOWED["export"] = SHARED | {"data", "evaluation"}
 ALLOWED["synthetic"] = SHARED | {"calibration", "frontend", "kernels"}
 ALLOWED["compiler"] |= {"synthetic"}
 ALLOWED["backend_options"] = LEAVES | {"compiler", "data", "frontend"}

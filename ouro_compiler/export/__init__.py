@@ -1,5 +1,5 @@
 """Models in other formats: ONNX (docs/onnx.md)."""
 
-from ouro_compiler.export.onnx import Exported, export_onnx
+from ouro_compiler.export.onnx import Exported, check_options, export_onnx
 
-__all__ = ["Exported", "export_onnx"]
+__all__ = ["Exported", "check_options", "export_onnx"]

@@ -46,7 +46,9 @@ class Emitter:
     def __init__(self, gm: fx.GraphModule, opset: int, scan: ScanForm) -> None:
         self.gm, self.opset, self.scan = gm, opset, scan
         self.nodes: list[NodeProto] = []
+        self.owners: list[str] = []  # of each node: what it was emitted for
         self.initializers: dict[str, TensorProto] = {}
+        self.unnamed: dict[str, TensorProto] = {}  # initializers that are no parameter's
         self.values: dict[fx.Node, Translated] = {}
         self.prefix = "graph"  # the name of the fx node that is being translated
         self.empty_lists: set[str] = set()  # outlier lists that never hold a channel
@@ -73,9 +75,13 @@ class Emitter:
         base = self.fresh(kind)
         names = [base] if outputs == 1 else [f"{base}.{index}" for index in range(outputs)]
         given = [name or "" for name in inputs]
-        node = helper.make_node(kind, given, names, name=base, domain=domain, **attributes)
-        self.nodes.append(node)
+        self.add(helper.make_node(kind, given, names, name=base, domain=domain, **attributes))
         return names
+
+    def add(self, node: NodeProto) -> None:
+        """Append a node, as one of the fx node that is being translated."""
+        self.nodes.append(node)
+        self.owners.append(self.prefix)
 
     def fresh(self, kind: str) -> str:
         """A name that nothing has yet."""
@@ -96,6 +102,7 @@ class Emitter:
             if key not in self._shared:
                 self._shared[key] = f"constant_{sum(k[0] == 'constant' for k in self._shared)}"
             name = self._shared[key]
+            self.unnamed[name] = numpy_helper.from_array(array, name)
         if name not in self.initializers:
             self.initializers[name] = numpy_helper.from_array(array, name)
         return name
@@ -137,21 +144,26 @@ class Emitter:
         return found
 
     def real(self, arg: Any) -> str:
-        """A tensor argument as fp32: fp16 constants are stored as they are and cast once."""
+        """A tensor argument as fp32: fp16 constants are stored as they are and cast."""
         name = self.get(arg)
         return name if value_of(arg).dtype == torch.float32 else self.cast(name, torch.float32)
 
+    def column(self, arg: Any) -> str:
+        """A vector argument (n,) as fp32 (n, 1); constants are stored in that shape."""
+        value = get_constant(self.gm, arg)
+        if value is None:
+            return self.op("Unsqueeze", self.real(arg), self.integers(-1))
+        name = self.constant(value[:, None], f"{arg.target}.column")
+        return name if value.dtype == torch.float32 else self.cast(name, torch.float32)
+
     def cast(self, name: str, dtype: torch.dtype) -> str:
-        """A value in another dtype; equal casts are shared."""
-        from onnx import helper
+        """A value in another dtype; equal casts of one fx node are shared."""
         from onnx.helper import np_dtype_to_tensor_dtype
 
-        key = ("cast", name, dtype)
+        key = ("cast", self.prefix, name, dtype)
         if key not in self._shared:
             to = np_dtype_to_tensor_dtype(torch.empty(0, dtype=dtype).numpy().dtype)
-            base = f"{name}/as_{str(dtype).removeprefix('torch.')}"
-            self.nodes.append(helper.make_node("Cast", [name], [base], name=base, to=to))
-            self._shared[key] = base
+            self._shared[key] = self.op("Cast", name, to=to)
         return self._shared[key]
 
     def known(self, arg: Any) -> Tensor | None:
@@ -190,26 +202,24 @@ class Emitter:
         named = [self.integers(one) if isinstance(one, int) else one for one in parts]
         return named[0] if len(named) == 1 else self.op("Concat", *named, axis=0)
 
-    def batch_of(self, name: str) -> str:
-        """The first size of a value, an int64 vector of one element."""
-        key = ("batch", name)
-        if key not in self._shared:
-            self._shared[key] = self.op("Shape", name, start=0, end=1)
-        return self._shared[key]
+    def reshape(
+        self, name: str, before: Sequence[Any], shape: Sequence[Any], sizes: Sequence[Any] = ()
+    ) -> str:
+        """View a value of shape `before` as a fake tensor's shape, with one symbolic size.
 
-    def reshape(self, name: str, shape: Sequence[Any], sizes: Sequence[Any] = ()) -> str:
-        """View a value in the shape of a fake tensor, of which one size may be symbolic.
-
-        sizes: the arguments that the sizes came from, for the case that several are.
+        A batch that stays the first dimension is copied (0): runtimes then know it as the same, and
+        ONNX Runtime opens graphs of thousands of nodes much faster. sizes: the arguments that the
+        sizes came from, for the case that several are symbolic.
         """
         fixed = [static(one) for one in shape]
         if fixed.count(None) <= 1:
-            target = self.integers(*(-1 if one is None else one for one in fixed))
-        elif len(sizes) == len(shape):
-            target = self.size_vector(sizes)
-        else:
-            raise ModelError(f"{self.prefix}: ONNX export views one dynamic size, not several")
-        return self.op("Reshape", name, target)
+            target = [-1 if one is None else one for one in fixed]
+            if target and target[0] == -1 and len(before) and bool(before[0] == shape[0]):
+                target[0] = 0
+            return self.op("Reshape", name, self.integers(*target))
+        if len(sizes) == len(shape):
+            return self.op("Reshape", name, self.size_vector(sizes))
+        raise ModelError(f"{self.prefix}: ONNX export views one dynamic size, not several")
 
     # --- sub-graphs
 

@@ -74,9 +74,10 @@ def _convolved(emit: Emitter, node: fx.Node) -> str:
         taps = (known.flip(-1) if reverse else known)[:, None]
         name = f"{weight.target}.taps" + (".mirrored" if reverse else "")
         taps_name = emit.constant(taps, name)
-        taps_name = taps_name if taps.dtype == torch.float32 else emit.cast(taps_name, torch.float32)
+        taps_name = (
+            taps_name if taps.dtype == torch.float32 else emit.cast(taps_name, torch.float32)
+        )
     else:
-
         made = emit.real(weight)
         made = flipped(emit, made, 1) if reverse else made
         taps_name = emit.op("Unsqueeze", made, emit.integers(1))

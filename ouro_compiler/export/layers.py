@@ -36,7 +36,10 @@ def _matmul(emit: Emitter, node: fx.Node) -> str:
 @translates(aten.addmm.default)
 def _addmm(emit: Emitter, node: fx.Node) -> str:
     bias, x, weight = (emit.get(one) for one in node.args[:3])
-    factors = {name: float(node.kwargs.get(name, 1)) for name in ("alpha", "beta")}  # type: ignore[arg-type]
+    factors: dict[str, Any] = {
+        name: float(node.kwargs.get(name, 1))  # type: ignore[arg-type]
+        for name in ("alpha", "beta")
+    }
     return emit.op("Gemm", x, weight, bias, **factors)
 
 
@@ -132,7 +135,7 @@ def _group_norm(emit: Emitter, node: fx.Node) -> str:
     rows = emit.op("Reshape", emit.get(x), emit.integers(0, *inside))
     ones = emit.constant(torch.ones(inside[1]))
     y = emit.op("LayerNormalization", rows, ones, axis=-1, epsilon=argument(node, "eps"))
-    y = emit.reshape(y, shape)
+    y = emit.reshape(y, shape, shape)
     for name, kind in (("weight", "Mul"), ("bias", "Add")):
         arg = argument(node, name)
         if arg is not None:

@@ -18,6 +18,7 @@ import ouro_compiler.export.scans
 import ouro_compiler.export.views  # noqa: F401
 from ouro_compiler.errors import ModelError
 from ouro_compiler.export.emitter import CONTRIB, TRANSLATIONS, Emitter, ScanForm, static
+from ouro_compiler.export.functions import DOMAIN, inputs_of, outline
 from ouro_compiler.graph import aten, value_of
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 INPUT, OUTPUT, BATCH = "images", "logits", "batch"
 _CHECKS = (aten._assert_tensor_metadata.default, aten._assert_scalar.default)
+_IN_THE_GRAPH = (torch.ops.ouro.selective_scan.default,)  # no functions
 _LARGEST = 2**31 - 1  # bytes of one protocol buffer
 
 
@@ -42,9 +44,11 @@ def to_onnx(
     inputs, results = _walk(emit)
     names = [OUTPUT if index == 0 else f"{OUTPUT}_{index}" for index in range(len(results))]
     for name, (result, _) in zip(names, results, strict=True):
-        emit.nodes.append(helper.make_node("Identity", [result], [name], name=name))
-    nodes = _without_identities(_used(emit.nodes, names), {info.name for info in inputs})
-    read = {name for node in nodes for name in _inputs(node)}
+        emit.prefix = name
+        emit.add(helper.make_node("Identity", [result], [name], name=name))
+    nodes, functions = outline(_used(emit, names), names, emit.unnamed, opset)
+    nodes = _without_identities(nodes, {info.name for info in inputs})
+    read = {name for node in nodes for name in inputs_of(node)}
     graph = helper.make_graph(
         nodes,
         "ouro",
@@ -55,10 +59,13 @@ def to_onnx(
     imports = [helper.make_opsetid("", opset)]
     if any(node.domain == CONTRIB for node in nodes):
         imports.append(helper.make_opsetid(CONTRIB, 1))
+    if functions:
+        imports.append(helper.make_opsetid(DOMAIN, 1))
     model = helper.make_model(
         graph,
         opset_imports=imports,
         ir_version=helper.find_min_ir_version_for(imports[:1]),
+        functions=functions,
         producer_name="ouro_compiler",
         producer_version=metadata.get("ouro_version", ""),
     )
@@ -103,7 +110,7 @@ def _walk(emit: Emitter) -> tuple[list[ValueInfoProto], list[tuple[str, torch.Te
         elif node.op != "call_function" or node.target in _CHECKS or _is_size(node):
             continue  # constants and sizes are emitted when they are asked for
         elif node.target is operator.getitem:
-            found = emit.values[node.args[0]][node.args[1]]  # type: ignore[index]
+            found = emit.values[node.args[0]][node.args[1]]
             if found is not None:
                 emit.values[node] = found
         else:
@@ -122,33 +129,30 @@ def _info(name: str, fake: torch.Tensor) -> ValueInfoProto:
     return helper.make_tensor_value_info(name, kind, shape)
 
 
-def _inputs(node: NodeProto) -> list[str]:
-    """What a node reads, the body of a Scan included."""
-    names = [name for name in node.input if name]
-    for attribute in node.attribute:
-        for inner in attribute.g.node:
-            names += _inputs(inner)
-    return names
-
-
-def _used(nodes: Sequence[NodeProto], outputs: Sequence[str]) -> list[NodeProto]:
-    """The nodes that the outputs need, in order."""
+def _used(emit: Emitter, outputs: Sequence[str]) -> list[tuple[NodeProto, str, str]]:
+    """The nodes that the outputs need, in order, each with its fx node and its function's name."""
+    names = {
+        node.name: node.target.__name__.partition(".")[0]
+        for node in emit.gm.graph.nodes
+        if getattr(node.target, "namespace", "") == "ouro" and node.target not in _IN_THE_GRAPH
+    }
     needed, kept = set(outputs), []
-    for node in reversed(nodes):
+    for node, owner in zip(reversed(emit.nodes), reversed(emit.owners), strict=True):
         if any(name in needed for name in node.output):
-            needed.update(_inputs(node))
-            kept.append(node)
+            needed.update(inputs_of(node))
+            kept.append((node, owner, names.get(owner, "")))
     return kept[::-1]
 
 
 def _without_identities(nodes: list[NodeProto], inputs: set[str]) -> list[NodeProto]:
     """Give the results' names to the values themselves, where a node computes just that value."""
     made = {name for node in nodes if node.op_type != "Identity" for name in node.output}
+    captured = {name for node in nodes for name in inputs_of(node) if name not in node.input}
     renamed: dict[str, str] = {}
     kept = []
     for node in nodes:
         source = node.input[0] if node.op_type == "Identity" else ""
-        if source in made and source not in renamed and source not in inputs:
+        if source in made and source not in renamed and source not in inputs | captured:
             renamed[source] = node.output[0]
         else:
             kept.append(node)

@@ -42,8 +42,8 @@ class Compiled(Protocol):
 class Exported:
     """What was written, and how far ONNX Runtime's outputs are from ours (None: not compared).
 
-    nodes counts the graph's, not those in bodies of scans. difference is a share of the largest
-    output; snr_db is infinite where nothing differs.
+    nodes counts those of the graph with functions in place, without those in bodies of scans.
+    difference is a share of the largest output; snr_db is infinite where nothing differs.
     """
 
     bytes: int
@@ -72,10 +72,11 @@ def export_onnx(
     appears when the model is valid. Raises UsageError for options, or where onnx is missing,
     ModelError for a model that has no ONNX form, and VerificationError where outputs differ.
     """
-    _check_options(opset, scan, verify)
+    check_options(opset, scan, verify)
     compiled = isinstance(model, Compiled)
     gm = model.graph_module if isinstance(model, Compiled) else model
     metadata = _metadata(model.manifest if isinstance(model, Compiled) else None, scan)
+    from ouro_compiler.export.functions import flat_operators
     from ouro_compiler.export.model import to_onnx
 
     proto = to_onnx(gm, opset=opset, scan=scan, metadata=metadata)
@@ -89,7 +90,7 @@ def export_onnx(
         difference, snr = compare(content, expected, batch)
         _judge(difference, snr, compiled)
     _write(Path(path), content)
-    kinds = [node.op_type for node in proto.graph.node]
+    kinds = flat_operators(proto)
     return Exported(
         bytes=len(content),
         opset=opset,
@@ -102,11 +103,14 @@ def export_onnx(
     )
 
 
-def _check_options(opset: int, scan: str, verify: bool) -> None:
+def check_options(opset: int, scan: str, verify: bool) -> None:
+    """Raise UsageError for options that cannot end well here, before any work."""
     try:
         import onnx  # noqa: F401
     except ImportError:
-        raise UsageError("ONNX export needs the package onnx: install ouro-compiler[onnx]") from None
+        raise UsageError(
+            "ONNX export needs the package onnx: install ouro-compiler[onnx]"
+        ) from None
     if not OPSETS[0] <= opset <= OPSETS[1]:
         raise UsageError(f"--opset takes {OPSETS[0]} to {OPSETS[1]}, got {opset}")
     if scan not in ("scan", "contrib"):
@@ -114,7 +118,7 @@ def _check_options(opset: int, scan: str, verify: bool) -> None:
     if not verify and scan == "scan":
         return
     try:
-        import onnxruntime  # noqa: F401
+        import onnxruntime
     except ImportError:
         raise UsageError(
             "verification needs the package onnxruntime: install ouro-compiler[onnx], or pass "
@@ -196,7 +200,9 @@ def compare(content: bytes, expected: Tensor, images: Tensor) -> tuple[float, fl
     alone = torch.cat([found[1:], run(images[:1])]) if len(images) > 1 else found
     reference = torch.cat([expected[1:], expected[:1]]) if len(images) > 1 else expected
     largest = max(float(expected.abs().max()), 1e-12)
-    error = max(float((one - other).abs().max()) for one, other in ((found, expected), (alone, reference)))
+    error = max(
+        float((one - other).abs().max()) for one, other in ((found, expected), (alone, reference))
+    )
     return error / largest, snr_db(reference, alone)
 
 

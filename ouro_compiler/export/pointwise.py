@@ -62,7 +62,7 @@ def operand(emit: Emitter, arg: Any, dtype: torch.dtype) -> str:
 @translates(*(getattr(aten, name).default for name in _UNARY))
 def _unary(emit: Emitter, node: fx.Node) -> str:
     name = node.target._schema.name.removeprefix("aten::")  # type: ignore[union-attr]
-    attributes = {"alpha": 1 / 6} if name == "hardsigmoid" else {}
+    attributes: dict[str, Any] = {"alpha": 1 / 6} if name == "hardsigmoid" else {}
     return emit.op(_UNARY[name], emit.get(node.args[0]), **attributes)
 
 
@@ -106,7 +106,9 @@ def _where(emit: Emitter, node: fx.Node) -> str:
     return emit.op("Where", emit.get(node.args[0]), left, right)
 
 
-@translates(aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default, aten.hardtanh.default)
+@translates(
+    aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default, aten.hardtanh.default
+)
 def _clamp(emit: Emitter, node: fx.Node) -> str:
     low = high = None
     names = {"clamp_min": ("min", None), "clamp_max": (None, "max"), "clamp": ("min", "max")}

@@ -29,38 +29,25 @@ def _linear(emit: Emitter, node: fx.Node) -> str:
     columns = int(value_of(argument(node, "codes")).shape[2])
     weight, weight_zero = _weight(emit, node, columns)
     weight_scale = emit.real(argument(node, "weight_scale"))
-    inlier_scale = emit.op("Unsqueeze", emit.real(argument(node, "inlier_scale")), emit.integers(-1))
+    inlier_scale = emit.column(argument(node, "inlier_scale"))
     if listed in emit.empty_lists:
         y = _product(emit, codes, weight, weight_zero)
         y = emit.op("Mul", emit.op("Mul", y, inlier_scale), weight_scale)
+    elif argument(node, "outlier_bits") == KEEP_FLOAT_BITS:
+        y = _product(emit, codes, weight, weight_zero)
+        y = emit.op("Mul", emit.op("Mul", y, inlier_scale), weight_scale)
+        kept = emit.op("Where", listed, emit.real(argument(node, "x")), emit.number(0.0))
+        plain = _plain(emit, emit.cast(weight, torch.float32), weight_zero)
+        part = emit.op("Mul", emit.op("MatMul", kept, plain), weight_scale)
+        y = emit.op("Add", y, part)
     else:
-        union = _union(emit, listed, columns)
-        there = emit.op("Gather", listed, union, axis=2)
-        rows = emit.op("Gather", weight, union, axis=0)
-        if argument(node, "outlier_bits") == KEEP_FLOAT_BITS:
-            y = _product(emit, codes, weight, weight_zero)
-            y = emit.op("Mul", emit.op("Mul", y, inlier_scale), weight_scale)
-            x = emit.op("Gather", emit.real(argument(node, "x")), union, axis=2)
-            kept = emit.op("Where", there, x, emit.number(0.0))
-            # In fp64, as the reference: the order of a sum then does not show.
-            exact = emit.op(
-                "MatMul",
-                emit.cast(kept, torch.float64),
-                _plain(emit, emit.cast(rows, torch.float64), weight_zero),
-            )
-            part = emit.op("Mul", emit.cast(exact, torch.float32), weight_scale)
-            y = emit.op("Add", y, part)
-        else:
-            picked = emit.op("Gather", codes, union, axis=2)
-            none = emit.number(CODE_ZERO, torch.uint8)
-            outliers = emit.op("Where", there, picked, none)
-            inliers = emit.op("Where", listed, none, codes)
-            y = emit.op("Mul", _product(emit, inliers, weight, weight_zero), inlier_scale)
-            dynamic = emit.op(
-                "Unsqueeze", emit.get(argument(node, "outlier_scale")), emit.integers(-1)
-            )
-            part = emit.op("Mul", _product(emit, outliers, rows, weight_zero), dynamic)
-            y = emit.op("Mul", emit.op("Add", y, part), weight_scale)
+        none = emit.number(CODE_ZERO, torch.uint8)
+        inliers = emit.op("Where", listed, none, codes)
+        outliers = emit.op("Where", listed, codes, none)
+        y = emit.op("Mul", _product(emit, inliers, weight, weight_zero), inlier_scale)
+        dynamic = emit.column(argument(node, "outlier_scale"))
+        part = emit.op("Mul", _product(emit, outliers, weight, weight_zero), dynamic)
+        y = emit.op("Mul", emit.op("Add", y, part), weight_scale)
     return _epilogue(emit, node, y)
 
 
@@ -79,20 +66,6 @@ def _epilogue(emit: Emitter, node: fx.Node, y: str) -> str:
         y = emit.op("Add", y, emit.real(residual))
     dtype = value_of(node).dtype
     return y if dtype == torch.float32 else emit.cast(y, dtype)
-
-
-def _union(emit: Emitter, listed: str, columns: int) -> str:
-    """Indices of the columns that are listed anywhere, and the first column in any case.
-
-    A product over no columns at all is undefined in ONNX Runtime.
-    """
-    flags = emit.op(
-        "ReduceMax", emit.cast(listed, torch.uint8), emit.integers(0, 1), keepdims=0
-    )
-    first = torch.zeros(columns, dtype=torch.bool)
-    first[0] = True
-    chosen = emit.op("Or", emit.cast(flags, torch.bool), emit.constant(first))
-    return emit.op("Squeeze", emit.op("NonZero", chosen), emit.integers(0))
 
 
 def _product(emit: Emitter, codes: str, weight: str, weight_zero: int) -> str:
@@ -120,16 +93,16 @@ def _codes(emit: Emitter, node: fx.Node, columns: int) -> Tensor:
 def stored_weight(emit: Emitter, codes: Tensor, name: str) -> tuple[str, int]:
     """(value, what is added to it) of int8 codes: INT4 if they fit, INT8, or UINT8 with 128."""
     low, high = int(codes.min()), int(codes.max())
-    if -8 <= low and high <= 7 and emit.opset >= INT4_OPSET:
+    if low >= -8 and high <= 7 and emit.opset >= INT4_OPSET:
         return emit.cast(emit.four_bit_constant(codes, name), torch.int8), 0
-    if -_EXACT_SIGNED <= low and high <= _EXACT_SIGNED:
+    if low >= -_EXACT_SIGNED and high <= _EXACT_SIGNED:
         return emit.constant(codes, name), 0
     shifted = (codes.to(torch.int16) + CODE_ZERO).to(torch.uint8)
     return emit.constant(shifted, name), CODE_ZERO
 
 
 def _plain(emit: Emitter, codes: str, added: int) -> str:
-    return emit.op("Sub", codes, emit.number(added, torch.float64)) if added else codes
+    return emit.op("Sub", codes, emit.number(float(added))) if added else codes
 
 
 @translates(_OURO.dequantize_weight.default)
@@ -137,14 +110,12 @@ def _dequantize_weight(emit: Emitter, node: fx.Node) -> str:
     bits, arg = argument(node, "bits"), argument(node, "qweight")
     codes = _codes(emit, node, argument(node, "columns"))
     low, high = int(codes.min()), int(codes.max())
-    if -8 <= low and high <= 7 and emit.opset >= INT4_OPSET:
+    if low >= -8 and high <= 7 and emit.opset >= INT4_OPSET:
         name = emit.four_bit_constant(codes, f"{arg.target}.codes")
     else:
         name = emit.constant(codes, f"{arg.target}.codes")
     y, zero = emit.cast(name, torch.float32), argument(node, "zero_point")
     if zero is not None:
         middle = emit.number(float(2 ** (bits - 1)))
-        point = emit.op("Unsqueeze", emit.real(zero), emit.integers(-1))
-        y = emit.op("Add", y, emit.op("Sub", middle, point))
-    scale = emit.op("Unsqueeze", emit.real(argument(node, "weight_scale")), emit.integers(-1))
-    return emit.op("Mul", y, scale)
+        y = emit.op("Add", y, emit.op("Sub", middle, emit.column(zero)))
+    return emit.op("Mul", y, emit.column(argument(node, "weight_scale")))

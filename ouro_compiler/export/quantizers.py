@@ -33,51 +33,46 @@ def _quantize(emit: Emitter, node: fx.Node) -> tuple[str, ...]:
 
 def quantize(emit: Emitter, node: fx.Node, x: str, shape: torch.Size) -> tuple[str, ...]:
     """(codes, outlier_scale, listed) of x fp32 (B, L, K), with the parameters of a quantizer."""
-    scale = _column(emit, emit.real(argument(node, "inlier_scale")))
-    zero = None
-    if "zero_point" in _arguments(node) and argument(node, "zero_point") is not None:
-        zero = _column(emit, emit.real(argument(node, "zero_point")))
+    scale, zero = emit.column(argument(node, "inlier_scale")), _zero_point(emit, node)
+    magnitude = emit.op("Abs", x)
     if node.target is _OURO.quantize_static_outlier.default:
         listed = _fixed_list(emit, node, x, int(shape[2]))
     else:
-        listed = _dynamic_list(emit, node, x, scale, zero, shape)
-    inliers = _codes(emit, x, scale, zero, argument(node, "inlier_bits"))
-    bits = argument(node, "outlier_bits")
-    if listed is None:  # nothing can be an outlier
-        ones = emit.op("Expand", emit.number(1.0), _rows(emit, x))
-        return _stored(emit, inliers), ones, _nothing(emit, x)
-    if bits == KEEP_FLOAT_BITS:
-        codes = emit.op("Where", listed, emit.number(0.0), inliers)
-        return _stored(emit, codes), emit.op("Expand", emit.number(1.0), _rows(emit, x)), listed
-    kept = emit.op("Where", listed, emit.op("Abs", x), emit.number(0.0))
-    peak = emit.op("ReduceMax", kept, emit.integers(-1))
-    dynamic = emit.op("Div", peak, emit.number(float(symmetric_max(bits))))
+        listed = _dynamic_list(emit, node, x, magnitude, scale, zero, shape)
+    bits, outlier_bits = (argument(node, f"{one}lier_bits") for one in ("in", "out"))
+    if listed is None or outlier_bits == KEEP_FLOAT_BITS:
+        codes = _inliers(emit, emit.op("Round", emit.op("Div", x, scale)), zero, bits)
+        if listed is not None:
+            codes = emit.op("Where", listed, emit.number(0.0), codes)
+        ones = emit.op("Expand", emit.number(1.0), emit.op("Shape", x, start=0, end=2))
+        return _stored(emit, codes), ones, listed or _nothing(emit, x)
+    # Magnitudes are positive: -1 says that no channel is listed.
+    peak = emit.op("Where", listed, magnitude, emit.number(-1.0))
+    peak = emit.op("ReduceMax", peak, emit.integers(-1))
+    dynamic = emit.op("Div", peak, emit.number(float(symmetric_max(outlier_bits))))
     dynamic = emit.op("Max", dynamic, emit.number(MIN_SCALE))
-    count = emit.op("ReduceMax", emit.cast(listed, torch.float32), emit.integers(-1))
-    some = emit.cast(count, torch.bool)
-    outlier_scale = emit.op("Where", some, dynamic, emit.number(1.0))
-    outliers = _codes(emit, x, outlier_scale, None, bits)
-    codes = emit.op("Where", listed, outliers, inliers)
+    none = emit.op("Less", peak, emit.number(0.0))
+    outlier_scale = emit.op("Where", none, emit.number(1.0), dynamic)
+    # One division for both; no listed code leaves its range, since the peak sets the scale.
+    step = emit.op("Where", listed, outlier_scale, scale)
+    steps = emit.op("Round", emit.op("Div", x, step))
+    codes = emit.op("Where", listed, steps, _inliers(emit, steps, zero, bits))
     return _stored(emit, codes), emit.op("Squeeze", outlier_scale, emit.integers(-1)), listed
+
+
+def _zero_point(emit: Emitter, node: fx.Node) -> str | None:
+    """The zero points fp32 (L, 1) of a quantizer that has some."""
+    if "zero_point" not in _arguments(node) or argument(node, "zero_point") is None:
+        return None
+    return emit.column(argument(node, "zero_point"))
 
 
 def _arguments(node: fx.Node) -> set[str]:
     return {one.name for one in node.target._schema.arguments}  # type: ignore[union-attr]
 
 
-def _column(emit: Emitter, vector: str) -> str:
-    """(L,) -> (L, 1)."""
-    return emit.op("Unsqueeze", vector, emit.integers(-1))
-
-
-def _rows(emit: Emitter, x: str) -> str:
-    """The shape (B, L) of x (B, L, K)."""
-    return emit.op("Shape", x, start=0, end=2)
-
-
-def _codes(emit: Emitter, x: str, scale: str, zero: str | None, bits: int) -> str:
-    """Codes as fp32: P2, or P3 shifted into int8."""
-    steps = emit.op("Round", emit.op("Div", x, scale))
+def _inliers(emit: Emitter, steps: str, zero: str | None, bits: int) -> str:
+    """Codes as fp32 of rounded steps: P2, or P3 shifted into int8."""
     if zero is None:
         limit = float(symmetric_max(bits))
         return emit.op("Clip", steps, emit.number(-limit), emit.number(limit))
@@ -100,7 +95,9 @@ def _nothing(emit: Emitter, x: str) -> str:
 def _fixed_list(emit: Emitter, node: fx.Node, x: str, columns: int) -> str | None:
     channels = emit.known(argument(node, "channels"))
     if channels is None:
-        raise ModelError(f"{node.name}: ONNX export needs the list of static outliers as a constant")
+        raise ModelError(
+            f"{node.name}: ONNX export needs the list of static outliers as a constant"
+        )
     if channels.numel() == 0:
         return None
     mask = torch.zeros(columns, dtype=torch.bool)
@@ -109,7 +106,13 @@ def _fixed_list(emit: Emitter, node: fx.Node, x: str, columns: int) -> str | Non
 
 
 def _dynamic_list(
-    emit: Emitter, node: fx.Node, x: str, scale: str, zero: str | None, shape: torch.Size
+    emit: Emitter,
+    node: fx.Node,
+    x: str,
+    magnitude: str,
+    scale: str,
+    zero: str | None,
+    shape: torch.Size,
 ) -> str | None:
     threshold = emit.known(argument(node, "threshold"))
     _check_gate(emit, node, threshold)
@@ -120,12 +123,10 @@ def _dynamic_list(
     if zero is not None:
         top = (2**bits - 1) / 2
         middle = emit.op("Mul", scale, emit.op("Sub", emit.number(top), zero))
-        x = emit.op("Sub", x, middle)
-    limit = _column(emit, emit.real(argument(node, "threshold")))
-    joins = emit.op("GreaterOrEqual", emit.op("Abs", x), limit)
-    _, length, columns = shape
+        magnitude = emit.op("Abs", emit.op("Sub", x, middle))
+    joins = emit.op("GreaterOrEqual", magnitude, emit.column(argument(node, "threshold")))
     period, reverse = argument(node, "refresh_period"), argument(node, "reverse")
-    return windowed_or(emit, joins, int(length), int(columns), period, reverse)
+    return windowed_or(emit, joins, int(shape[1]), period, reverse)
 
 
 def _check_gate(emit: Emitter, node: fx.Node, threshold: Tensor | None) -> None:
@@ -144,50 +145,42 @@ def _check_gate(emit: Emitter, node: fx.Node, threshold: Tensor | None) -> None:
         )
 
 
-def windowed_or(
-    emit: Emitter, mask: str, length: int, columns: int, period: int, reverse: bool
-) -> str:
-    """Or of a bool mask (B, L, K) from the start of each window, in scan order, to each token."""
+def windowed_or(emit: Emitter, mask: str, length: int, period: int, reverse: bool) -> str:
+    """Or of a bool mask (B, L, K) from the start of each window, in scan order, to each token.
+
+    Counts from the sequence's start, less those before the window's start: sizes stay as they are,
+    where windows that are padded and viewed would hide the batch from shape inference.
+    """
     window = window_length(period, length)
-    count = -(-length // window)
     if window == 1:
         return mask
-    y = emit.cast(mask, torch.int32)
-    padding = count * window - length
-    if padding:  # the window that is short is the last in scan order
-        ends = (padding, 0) if reverse else (0, padding)
-        none = emit.number(0, torch.int32)
-        y = emit.op("Pad", y, emit.integers(*ends), none, emit.integers(1))
-    if count > 1:
-        y = emit.op("Reshape", y, emit.integers(-1, count, window, columns))
-    axis = emit.number(2 if count > 1 else 1, torch.int64)
-    y = emit.op("CumSum", y, axis, reverse=int(reverse))
-    if count > 1:
-        y = emit.op("Reshape", y, emit.integers(-1, count * window, columns))
-    if padding:
-        first = padding if reverse else 0
-        ends = (first, first + length)
-        y = emit.op("Slice", y, *map(emit.integers, ends), emit.integers(1))
-    return emit.cast(y, torch.bool)
+    here = emit.cast(mask, torch.int32)
+    axis = emit.number(1, torch.int64)
+    seen = emit.op("CumSum", here, axis, reverse=int(reverse))
+    if window == length:
+        return emit.cast(seen, torch.bool)
+    step = torch.arange(length)
+    first = step // window * window
+    first = (length - 1 - first).flip(0) if reverse else first
+    before = emit.op("Gather", emit.op("Sub", seen, here), emit.constant(first), axis=1)
+    return emit.op("Greater", seen, before)
 
 
 @translates(_OURO.dequantize_dynamic_outlier.default)
 def _dequantize(emit: Emitter, node: fx.Node) -> str:
     codes = plain_codes(emit, emit.get(argument(node, "codes")))
-    scale = _column(emit, emit.real(argument(node, "inlier_scale")))
-    zero, bits = argument(node, "zero_point"), argument(node, "inlier_bits")
+    zero, bits = _zero_point(emit, node), argument(node, "inlier_bits")
     inliers = codes
     if zero is not None:
-        middle = emit.number(float(2 ** (bits - 1)))
-        shift = emit.op("Sub", middle, _column(emit, emit.real(zero)))
+        shift = emit.op("Sub", emit.number(float(2 ** (bits - 1))), zero)
         inliers = emit.op("Add", codes, shift)
-    inliers = emit.op("Mul", inliers, scale)
+    inliers = emit.op("Mul", inliers, emit.column(argument(node, "inlier_scale")))
     listed = emit.get(argument(node, "outlier_start"))
     if listed in emit.empty_lists:
         return inliers
     if argument(node, "outlier_bits") == KEEP_FLOAT_BITS:
         return emit.op("Where", listed, emit.real(argument(node, "x")), inliers)
-    outlier_scale = _column(emit, emit.get(argument(node, "outlier_scale")))
+    outlier_scale = emit.column(argument(node, "outlier_scale"))
     return emit.op("Where", listed, emit.op("Mul", codes, outlier_scale), inliers)
 
 
@@ -200,12 +193,13 @@ def plain_codes(emit: Emitter, stored: str) -> str:
 def _fake_quantize(emit: Emitter, node: fx.Node) -> str:
     x, scale = emit.real(node.args[0]), emit.real(node.args[1])
     zero, bits = argument(node, "zero_point"), argument(node, "bits")
+    steps = emit.op("Round", emit.op("Div", x, scale))
     if zero is None:
-        y = emit.op("Mul", _codes(emit, x, scale, None, bits), scale)
+        codes = _inliers(emit, steps, None, bits)
     else:
         point = emit.real(zero)
-        shifted = emit.op("Add", emit.op("Round", emit.op("Div", x, scale)), point)
-        codes = emit.op("Clip", shifted, emit.number(0.0), emit.number(float(2**bits - 1)))
-        y = emit.op("Mul", emit.op("Sub", codes, point), scale)
-    dtype = value_of(node).dtype
+        top = emit.number(float(2**bits - 1))
+        codes = emit.op("Clip", emit.op("Add", steps, point), emit.number(0.0), top)
+        codes = emit.op("Sub", codes, point)
+    y, dtype = emit.op("Mul", codes, scale), value_of(node).dtype
     return y if dtype == torch.float32 else emit.cast(y, dtype)

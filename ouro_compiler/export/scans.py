@@ -28,7 +28,7 @@ def _selective_scan(emit: Emitter, node: fx.Node) -> str:
     delta = emit.real(argument(node, "delta"))
     bias = argument(node, "delta_bias")
     if bias is not None:
-        delta = emit.op("Add", delta, _column(emit, emit.real(bias)))
+        delta = emit.op("Add", delta, emit.column(bias))
     if argument(node, "delta_softplus"):
         delta = emit.op("Softplus", delta)
     shape = [static(one) for one in value_of(argument(node, "A")).shape]
@@ -38,7 +38,7 @@ def _selective_scan(emit: Emitter, node: fx.Node) -> str:
     y = form(emit, node, u, delta, *sizes)
     skip, gate = argument(node, "D"), argument(node, "z")
     if skip is not None:
-        y = emit.op("Add", y, emit.op("Mul", u, _column(emit, emit.real(skip))))
+        y = emit.op("Add", y, emit.op("Mul", u, emit.column(skip)))
     if gate is not None:
         z = emit.real(gate)
         y = emit.op("Mul", y, emit.op("Mul", z, emit.op("Sigmoid", z)))
@@ -70,9 +70,8 @@ def _scan(
     A = emit.real(argument(node, "A"))
     if groups > 1:
         A = emit.op("Reshape", A, emit.integers(*inner, states))
-    state_shape = emit.op(
-        "Concat", emit.batch_of(u), emit.integers(*inner, states), axis=0
-    )
+    batch = emit.op("Shape", u, start=0, end=1)
+    state_shape = emit.op("Concat", batch, emit.integers(*inner, states), axis=0)
     zero = helper.make_tensor("value", 1, [1], [0.0])
     start = emit.op("ConstantOfShape", state_shape, value=zero)
     scope = f"{emit.prefix}/step"

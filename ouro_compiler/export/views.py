@@ -52,7 +52,8 @@ def _to(emit: Emitter, node: fx.Node) -> str:
 )
 def _reshape(emit: Emitter, node: fx.Node) -> str:
     sizes: Any = node.args[1] if node.target in _SIZED else ()
-    return emit.reshape(emit.get(node.args[0]), value_of(node).shape, sizes)
+    before = value_of(node.args[0]).shape  # type: ignore[arg-type]
+    return emit.reshape(emit.get(node.args[0]), before, value_of(node).shape, sizes)
 
 
 _SIZED = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
