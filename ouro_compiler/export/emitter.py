@@ -75,6 +75,8 @@ class Emitter:
         base = self.fresh(kind)
         names = [base] if outputs == 1 else [f"{base}.{index}" for index in range(outputs)]
         given = [name or "" for name in inputs]
+        while given and not given[-1]:  # absent at the end is left out: "" there crashes some ops
+            given.pop()
         self.add(helper.make_node(kind, given, names, name=base, domain=domain, **attributes))
         return names
 
