@@ -42,6 +42,7 @@ ALLOWED = {
     | {"data", "models", "calibration", "passes", "recipes", "sizes", "runtime", "lowering"}
     | {"frontend", "evaluation", "inspection", "kernels"},
 }
+ALLOWED["export"] = SHARED | {"data", "evaluation"}
 ALLOWED["synthetic"] = SHARED | {"calibration", "frontend", "kernels"}
 ALLOWED["refinement"] = SHARED | {"calibration", "kernels", "passes", "recipes", "synthetic"}
 ALLOWED["mixed_precision"] = (

@@ -1,4 +1,5 @@
-"""The command line: `ouro-compile MODEL --w4a4 ...` and `ouro {compile, generate, eval, inspect}`.
+"""The command line: `ouro-compile MODEL --w4a4 ...` and `ouro {compile, generate, eval, inspect,
+export-onnx}`.
 
 Progress goes to stderr, results to stdout. Exit codes are those of `ouro_compiler.errors`.
 """
@@ -231,6 +232,37 @@ def inspect_command(
     )
 
 
+def export_onnx_command(
+    model: Annotated[str, typer.Argument(help="an artefact, or a model as for compile")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="file to write")],
+    opset: Annotated[int, typer.Option(help="18 to 24; 4-bit initializers need 21")] = 21,
+    scan: Annotated[
+        options.ScanForm, typer.Option(help="ONNX Scan, or com.microsoft.LinearAttention")
+    ] = options.ScanForm.scan,
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", help="do not compare with ours in onnxruntime")
+    ] = False,
+    arch: options.Arch = None,
+    ema: options.Ema = False,
+    model_arg: options.ModelArg = None,
+    checkpoint: options.Checkpoint = None,
+    input_shape: options.InputShape = None,
+    allow_pickle: options.AllowPickle = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Write MODEL as ONNX, and compare it with ours in onnxruntime (5 if outputs differ)."""
+    from ouro_compiler.cli.export_onnx import run
+
+    run(
+        _source(model, arch, ema, model_arg, checkpoint, input_shape, allow_pickle),
+        output=output,
+        opset=opset,
+        scan=scan.value,
+        verify=not no_verify,
+        quiet=quiet,
+    )
+
+
 def _source(
     name: str,
     arch: str | None,
@@ -298,5 +330,6 @@ def main() -> None:
             eval=eval_command,
             compare=compare_command,
             inspect=inspect_command,
+            **{"export-onnx": export_onnx_command},
         )
     )

@@ -54,6 +54,13 @@ class TargetName(str, Enum):
     cuda = "cuda"
 
 
+class ScanForm(str, Enum):
+    """--scan"""
+
+    scan = "scan"
+    contrib = "contrib"
+
+
 class Format(str, Enum):
     """--format"""
 
