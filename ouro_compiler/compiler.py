@@ -22,7 +22,7 @@ from ouro_compiler.evaluation import OutlierCounter, accuracy, run_batches, snr_
 from ouro_compiler.frontend.capture import capture, export
 from ouro_compiler.lowering.lower import lower
 from ouro_compiler.passes import NORMALIZE, PIPELINE, QUANTIZE
-from ouro_compiler.passes.base import PassContext, pass_name, run_passes
+from ouro_compiler.passes.base import OnPass, PassContext, pass_name, run_passes
 from ouro_compiler.recipes import find_recipe
 from ouro_compiler.recipes.planning import Plan
 from ouro_compiler.report import LayerRow, Report
@@ -47,6 +47,7 @@ def compile(
     batch_size: int = 32,
     cache: bool = True,
     progress: Progress | None = None,
+    on_pass: OnPass | None = None,
 ) -> CompiledModel:
     """Compile a model of one image tensor into a quantized CompiledModel.
 
@@ -57,6 +58,7 @@ def compile(
     are any, on which accuracy and logits SNR before and after are measured; without it they are
     measured on the calibration images. preprocessing: of the model's images, for the artefact.
     strict: raise RefusedLayerError when a layer that the recipe selected stays in floating point.
+    on_pass: called after the capture, under the name "capture", and after every pass.
     Raises UsageError for images that do not fit, or a model they cannot be synthesised from, and
     ModelError if the model cannot be traced.
     """
@@ -64,7 +66,9 @@ def compile(
     report = Report(config=config.to_dict())
     with timed(report, "capture"):
         gm = capture(model, example)
-        plan = prepare(gm, config)
+        if on_pass is not None:
+            on_pass("capture", True, gm)
+        plan = prepare(gm, config, on_pass)
         if strict:
             refuse_skipped(plan.rows)
     if calibration is None or isinstance(calibration, SynthesisSpec):
@@ -95,6 +99,7 @@ def compile(
         strict=strict,
         batch_size=batch_size,
         progress=progress,
+        on_pass=on_pass,
     )
     manifest = build_manifest(
         program,
@@ -135,9 +140,9 @@ def _capture_for(
     return gm, prepare(gm, config)
 
 
-def prepare(gm: fx.GraphModule, config: QuantConfig) -> Plan:
+def prepare(gm: fx.GraphModule, config: QuantConfig, on_pass: OnPass | None = None) -> Plan:
     """Normalise a captured graph in place, and plan what the recipe does with each layer."""
-    context = PassContext(config=config)
+    context = PassContext(config=config, on_pass=on_pass)
     run_passes(gm, NORMALIZE, context)
     recipe = find_recipe(config.recipe)
     plan = recipe.plan(gm, recipe.configure(config))
@@ -159,6 +164,7 @@ def quantize(
     strict: bool = False,
     batch_size: int = 32,
     progress: Progress | None = None,
+    on_pass: OnPass | None = None,
 ) -> torch.export.ExportedProgram:
     """Calibrate, quantize, lower and measure a prepared graph, filling the report.
 
@@ -185,7 +191,9 @@ def quantize(
         if calibrated is not None:
             parameters = expand(parameters, plan.sites)
     with timed(report, "quantize"):
-        context = PassContext(config=config, sites=plan.sites, calibration=parameters)
+        context = PassContext(
+            config=config, sites=plan.sites, calibration=parameters, on_pass=on_pass
+        )
         run_passes(gm, QUANTIZE, context)
         report.layers = plan.rows
         report.kernels, notes = lower(gm, plan.rows, target)

@@ -33,20 +33,36 @@ class CompiledModel(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Run a batch. Raises UsageError if the images have another shape."""
+        self._check(images)
+        if images.device.type != "cpu":
+            with torch.no_grad():
+                return self.graph_module(images)
+        return self._runner(images)(images)
+
+    def _check(self, images: Tensor) -> None:
         expected = list(self.manifest["input"]["shape"])
         if list(images.shape[1:]) != expected[1:] or images.dim() != len(expected):
             raise UsageError(
                 f"this model was compiled for images of {_shown(expected)}, got "
                 f"{_shown(images.shape)}: resize them, or compile for that resolution"
             )
-        if images.device.type != "cpu":
-            with torch.no_grad():
-                return self.graph_module(images)
+
+    def _runner(self, images: Tensor) -> CpuRunner:
         if images.dtype != torch.float32:
             raise UsageError(f"images are {images.dtype}: pass them as torch.float32")
         if self._on_cpu is None:
             self._on_cpu = CpuRunner(self.graph_module)
-        return self._on_cpu(images)
+        return self._on_cpu
+
+    def traced(self, images: Tensor, labels: Mapping[str, str] | None = None) -> Tensor:
+        """Run a batch on the CPU; under `torch.profiler` every node is a range of its own.
+
+        labels: what nodes are called there, by name. The outputs are those of a call.
+        """
+        if images.device.type != "cpu":
+            raise DeviceError("nodes are traced on the cpu: pass images that are there")
+        self._check(images)
+        return self._runner(images).traced(images, labels or {})
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_on_cpu": None}  # addresses mean nothing in a copy
