@@ -10,7 +10,7 @@ import math
 from collections.abc import Hashable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ouro_compiler.inspection.diff import Diff, diff_networks
+from ouro_compiler.inspection.compare import Diff, diff_networks
 from ouro_compiler.inspection.dot import short_op, title
 from ouro_compiler.inspection.layout import lay_out
 from ouro_compiler.inspection.network import fold_network

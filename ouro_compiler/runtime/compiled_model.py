@@ -13,6 +13,7 @@ import ouro_compiler.kernels.cpu  # importing them registers the kernels for CPU
 import ouro_compiler.kernels.cuda  # noqa: F401
 from ouro_compiler.config import Target
 from ouro_compiler.errors import DeviceError, UsageError
+from ouro_compiler.report_view import ReportView
 from ouro_compiler.runtime.cpu_runner import CpuRunner
 
 
@@ -25,6 +26,7 @@ class CompiledModel(nn.Module):
     def __init__(self, program: torch.export.ExportedProgram, manifest: Mapping[str, Any]) -> None:
         super().__init__()
         self.program, self.manifest = program, dict(manifest)
+        self.manifest["report"] = ReportView(self.manifest["report"])
         self.seconds: dict[str, float] = {}  # what compiling took, by stage; not stored
         module = program.module(check_guards=False)
         assert isinstance(module, fx.GraphModule)
@@ -72,8 +74,11 @@ class CompiledModel(nn.Module):
         return super()._apply(*args, **kwargs)
 
     @property
-    def report(self) -> dict[str, Any]:
-        """What was quantized, what was not and why, sizes and accuracy (docs/report.md)."""
+    def report(self) -> ReportView:
+        """What was quantized, what was not and why, sizes and accuracy (docs/report.md).
+
+        A dictionary that also shows itself: `rich.print`, notebooks, `table("layers")`.
+        """
         return self.manifest["report"]
 
     @property

@@ -89,8 +89,9 @@ def diff_networks(before: nx.DiGraph, after: nx.DiGraph) -> Diff:
 
 
 def _row(network: nx.DiGraph, name: str, renamed: Mapping[str, str]) -> dict[str, Any]:
-    inputs = ", ".join(renamed.get(one, one) for one in network.predecessors(name))
-    return {**network.nodes[name], "inputs": inputs}
+    edges = network.in_edges(name, data="argument", default="")
+    inputs = sorted(f"{argument} {renamed.get(source, source)}" for source, _, argument in edges)
+    return {**network.nodes[name], "inputs": ", ".join(one.strip() for one in inputs)}
 
 
 def _matched(before: nx.DiGraph, after: nx.DiGraph) -> dict[str, str]:
