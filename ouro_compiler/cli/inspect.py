@@ -110,7 +110,7 @@ def _show(request: InspectRequest) -> None:
     elif format == "json":
         text = _json(subject, block)
     else:
-        text = _network_text(subject, format, block)
+        text = _network_text(subject, format, block, source.stem)
     if output is None:
         print(text, end="")
     else:
@@ -166,8 +166,9 @@ def _json(subject: _Subject, block: str | None) -> str:
     return json.dumps({**head, "nodes": nodes}) + "\n"
 
 
-def _network_text(subject: _Subject, format: str, block: str | None) -> str:
+def _network_text(subject: _Subject, format: str, block: str | None, label: str) -> str:
     from ouro_compiler.inspection.dot import to_dot
+    from ouro_compiler.inspection.model_explorer import to_model_explorer
     from ouro_compiler.inspection.network import (
         build_network,
         fold_network,
@@ -180,6 +181,8 @@ def _network_text(subject: _Subject, format: str, block: str | None) -> str:
         network = fold_network(network)
     if block is not None:
         network = restrict_to_block(network, block)
+    if format == "model-explorer":
+        return to_model_explorer(network, label)
     return to_dot(network) if format == "dot" else to_graphml(network)
 
 

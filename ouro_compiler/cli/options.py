@@ -60,6 +60,7 @@ class Format(str, Enum):
     json = "json"
     dot = "dot"
     graphml = "graphml"
+    model_explorer = "model-explorer"
 
 
 Html = Annotated[
