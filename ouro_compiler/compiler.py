@@ -30,7 +30,7 @@ from ouro_compiler.frontend.capture import capture, export
 from ouro_compiler.lowering.lower import lower
 from ouro_compiler.mixed_precision.search import choose_bits
 from ouro_compiler.passes import NORMALIZE, PIPELINE, QUANTIZE
-from ouro_compiler.passes.base import PassContext, pass_name, run_passes
+from ouro_compiler.passes.base import OnPass, PassContext, pass_name, run_passes
 from ouro_compiler.recipes import find_recipe
 from ouro_compiler.recipes.planning import Plan
 from ouro_compiler.refinement import refined
@@ -57,6 +57,7 @@ def compile(
     batch_size: int = 32,
     cache: bool = True,
     progress: Progress | None = None,
+    on_pass: OnPass | None = None,
 ) -> CompiledModel:
     """Compile a model of one image tensor into a quantized CompiledModel.
 
@@ -69,6 +70,7 @@ def compile(
     of every layer for, starting from the configuration's (docs/mixed_precision.md).
     preprocessing: of the model's images, for the artefact.
     strict: raise RefusedLayerError when a layer that the recipe selected stays in floating point.
+    on_pass: called after the capture, under the name "capture", and after every pass.
     Raises UsageError for images that do not fit, or a model they cannot be synthesised from, and
     ModelError if the model cannot be traced.
     """
@@ -77,7 +79,9 @@ def compile(
     find_recipe(config.recipe).configure(config)  # refuses what it cannot mean, before any work
     with timed(report, "capture"):
         gm = capture(model, example)
-        plan = prepare(gm, config)
+        if on_pass is not None:
+            on_pass("capture", True, gm)
+        plan = prepare(gm, config, on_pass)
         if strict:
             refuse_skipped(plan.rows)
     if calibration is None or isinstance(calibration, SynthesisSpec):
@@ -117,6 +121,7 @@ def compile(
         batch_size=batch_size,
         cache=cache,
         progress=progress,
+        on_pass=on_pass,
     )
     manifest = build_manifest(
         program,
@@ -158,9 +163,9 @@ def _capture_for(
     return gm, prepare(gm, config)
 
 
-def prepare(gm: fx.GraphModule, config: QuantConfig) -> Plan:
+def prepare(gm: fx.GraphModule, config: QuantConfig, on_pass: OnPass | None = None) -> Plan:
     """Normalise a captured graph in place, and plan what the recipe does with each layer."""
-    context = PassContext(config=config)
+    context = PassContext(config=config, on_pass=on_pass)
     run_passes(gm, NORMALIZE, context)
     recipe = find_recipe(config.recipe)
     plan = recipe.plan(gm, recipe.configure(config))
@@ -183,6 +188,7 @@ def quantize(
     batch_size: int = 32,
     cache: bool = True,
     progress: Progress | None = None,
+    on_pass: OnPass | None = None,
 ) -> torch.export.ExportedProgram:
     """Calibrate, quantize, lower and measure a prepared graph, filling the report.
 
@@ -222,7 +228,11 @@ def quantize(
         parameters = expand(parameters, plan.sites)
     with timed(report, "quantize"):
         context = PassContext(
-            config=config, sites=plan.sites, layers=plan.nodes, calibration=parameters
+            config=config,
+            sites=plan.sites,
+            layers=plan.nodes,
+            calibration=parameters,
+            on_pass=on_pass,
         )
         run_passes(gm, QUANTIZE, context)
         report.layers = plan.rows

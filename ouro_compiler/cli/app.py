@@ -212,6 +212,11 @@ def inspect_command(
         Path | None, typer.Option("-o", "--output", help="file to write (stdout)")
     ] = None,
     calibration: Annotated[str, typer.Option(help="images for the quantizing passes")] = "noise",
+    html: options.Html = None,
+    trace: options.Trace = None,
+    images: options.PageImages = None,
+    preset: options.PagePreset = None,
+    time: options.PageTime = False,
     arch: options.Arch = None,
     ema: options.Ema = False,
     model_arg: options.ModelArg = None,
@@ -220,15 +225,22 @@ def inspect_command(
     allow_pickle: options.AllowPickle = False,
 ) -> None:
     """Show the graph of an artefact, or of a model after a pass: bits, kernels, outlier share."""
-    from ouro_compiler.cli.inspect import run
+    from ouro_compiler.cli.inspect import InspectRequest, run
 
     run(
-        _source(model, arch, ema, model_arg, checkpoint, input_shape, allow_pickle),
-        format=format.value,
-        after=after,
-        block=block,
-        output=output,
-        calibration=calibration,
+        InspectRequest(
+            source=_source(model, arch, ema, model_arg, checkpoint, input_shape, allow_pickle),
+            format=format.value,
+            after=after,
+            block=block,
+            output=output,
+            calibration=calibration,
+            html=html,
+            trace=trace,
+            images=images,
+            preset=preset,
+            time=time,
+        )
     )
 
 

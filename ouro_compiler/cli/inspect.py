@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ouro_compiler.errors import UsageError
+
 if TYPE_CHECKING:
     from rich.table import Table
     from torch import fx
@@ -27,29 +29,77 @@ class _Subject:
     kernels: dict[str, str] = field(default_factory=dict)  # by layer, or by node
 
 
-def run(
-    source: ModelSource,
-    *,
-    format: str,
-    after: str | None,
-    block: str | None,
-    output: Path | None,
-    calibration: str,
-) -> None:
-    """Show the graph in a format: text, json, dot or graphml. Raises OuroError subclasses."""
+@dataclass(frozen=True, kw_only=True)
+class InspectRequest:
+    """html, trace: files to write in place of showing the graph in a format."""
+
+    source: ModelSource
+    format: str
+    after: str | None
+    block: str | None
+    output: Path | None
+    calibration: str
+    html: Path | None = None
+    trace: Path | None = None
+    images: int | None = None
+    preset: str | None = None
+    time: bool = False
+
+
+def run(request: InspectRequest) -> None:
+    """Show the graph in a format, or write a page or a trace. Raises OuroError subclasses."""
+    _check(request)
+    if request.trace is not None:
+        from ouro_compiler.cli.inspect_trace import write
+
+        write(request, request.trace)
+    if request.html is not None:
+        from ouro_compiler.cli.inspect_page import PageRequest, write_page
+
+        write_page(
+            PageRequest(
+                source=request.source,
+                html=request.html,
+                calibration=request.calibration,
+                images=request.images or _NOISE_IMAGES,
+                preset=request.preset,
+                time=request.time,
+            )
+        )
+    if request.trace is None and request.html is None:
+        _show(request)
+
+
+def _check(request: InspectRequest) -> None:
+    """Refuse what cannot be written, and options that would say nothing."""
+    for path in (request.output, request.html, request.trace):
+        if path is not None and (path.is_dir() or not path.parent.is_dir()):
+            raise UsageError(f"{path} is no file in an existing folder")
+    shown = (request.format != "text", request.after, request.block, request.output)
+    if request.html is None and (request.preset is not None or request.time):
+        raise UsageError("--preset and --time are for --html")
+    if request.html is None and request.trace is None:
+        if request.images is not None:
+            raise UsageError("--images is for --html and --trace")
+    elif any(shown):
+        raise UsageError(
+            "--html and --trace show the whole: leave out --format, --after, --block and -o"
+        )
+
+
+def _show(request: InspectRequest) -> None:
     from ouro_compiler.cli.console import print_table, table_text, write_text
-    from ouro_compiler.errors import UsageError
     from ouro_compiler.runtime.artifact import is_artifact
 
-    if output is not None and (output.is_dir() or not output.parent.is_dir()):
-        raise UsageError(f"{output} is no file in an existing folder")
+    source, after, output = request.source, request.after, request.output
+    format, block = request.format, request.block
     path = Path(source.name)
     if is_artifact(path):
         if after is not None:
             raise UsageError("--after is for models: an artefact has been through every pass")
         subject = _artefact(path)
     else:
-        gm, name = _graph_of_model(source, after, calibration)
+        gm, name = _graph_of_model(source, after, request.calibration)
         subject = _Subject(gm=gm, header={"after": name})
     if format == "text":
         table = _table(_rows(subject, block))
@@ -60,7 +110,7 @@ def run(
     elif format == "json":
         text = _json(subject, block)
     else:
-        text = _network_text(subject, format, block)
+        text = _network_text(subject, format, block, source.stem)
     if output is None:
         print(text, end="")
     else:
@@ -68,20 +118,18 @@ def run(
 
 
 def _artefact(path: Path) -> _Subject:
-    from ouro_compiler.kernels.plan import plan_kernels
+    from ouro_compiler.cli.inspect_page import kernels_of
     from ouro_compiler.runtime.artifact import load
 
     compiled = load(path)
     manifest = compiled.manifest
     report = manifest["report"]
     header = {key: value for key, value in manifest.items() if key != "report"}
-    plans = plan_kernels(compiled.graph_module, compiled.target)
-    kernels = {plan.node.name: plan.kernel for plan in plans}
     return _Subject(
         gm=compiled.graph_module,
         header={**header, "report": report},
         shares={row["name"]: row["outlier_share"] for row in report["sites"]},
-        kernels=kernels,
+        kernels=kernels_of(compiled),
     )
 
 
@@ -118,8 +166,9 @@ def _json(subject: _Subject, block: str | None) -> str:
     return json.dumps({**head, "nodes": nodes}) + "\n"
 
 
-def _network_text(subject: _Subject, format: str, block: str | None) -> str:
+def _network_text(subject: _Subject, format: str, block: str | None, label: str) -> str:
     from ouro_compiler.inspection.dot import to_dot
+    from ouro_compiler.inspection.model_explorer import to_model_explorer
     from ouro_compiler.inspection.network import (
         build_network,
         fold_network,
@@ -132,6 +181,8 @@ def _network_text(subject: _Subject, format: str, block: str | None) -> str:
         network = fold_network(network)
     if block is not None:
         network = restrict_to_block(network, block)
+    if format == "model-explorer":
+        return to_model_explorer(network, label)
     return to_dot(network) if format == "dot" else to_graphml(network)
 
 

@@ -68,8 +68,24 @@ class Format(str, Enum):
     json = "json"
     dot = "dot"
     graphml = "graphml"
+    model_explorer = "model-explorer"
 
 
+Html = Annotated[
+    Path | None, typer.Option(help="one page: graph, every pass, layers, outliers, sizes")
+]
+Trace = Annotated[
+    Path | None, typer.Option(help="run an artefact under torch.profiler, for Perfetto or Chrome")
+]
+PageImages = Annotated[
+    int | None, typer.Option(min=1, help="of --html and --trace: images at most (8; 1)")
+]
+PagePreset = Annotated[
+    str | None, typer.Option(help="of --html, of a model: w4a4, w4a8, w6a6 or w8a8")
+]
+PageTime = Annotated[
+    bool, typer.Option("--time", help="of --html: measure every node (bytes then differ)")
+]
 ModelArgument = Annotated[
     str,
     typer.Argument(

@@ -26,7 +26,7 @@ _STYLES = {
     "placeholder": _ENDS,
     "output": _ENDS,
 }
-_VIEWS = frozenset(
+VIEWS = frozenset(
     (
         *("chunk", "expand", "flatten", "getitem", "permute", "reshape", "select", "slice"),
         *("split", "split_with_sizes", "squeeze", "sym_size", "transpose", "unflatten"),
@@ -73,16 +73,16 @@ def _lines(network: nx.DiGraph) -> Iterator[str]:
 
 def _node(data: Mapping[str, Any]) -> dict[str, Any]:
     op = str(data["op"])
-    style = _STYLES.get(op) or (_VIEW if _short(op) in _VIEWS else _FLOAT)
+    style = _STYLES.get(op) or (_VIEW if short_op(op) in VIEWS else _FLOAT)
     plain = {_RENAMED.get(key, key): value for key, value in data.items()}
-    return {"label": _label(*_title(op, data)), **style, **plain}
+    return {"label": _label(*title(op, data)), **style, **plain}
 
 
-def _title(op: str, data: Mapping[str, Any]) -> Iterator[str]:
+def title(op: str, data: Mapping[str, Any]) -> Iterator[str]:
     """The lines on a node: op, layer or site within its block, shape and bits."""
     shapes = str(data.get("shape", ""))
-    short = _short(op)
-    if short in _VIEWS:
+    short = short_op(op)
+    if short in VIEWS:
         yield from (short, shapes) if ", " in shapes else (f"{short} {shapes}".strip(),)
         return
     yield short
@@ -100,7 +100,7 @@ def _title(op: str, data: Mapping[str, Any]) -> Iterator[str]:
         yield ", ".join(facts)
 
 
-def _short(op: str) -> str:
+def short_op(op: str) -> str:
     """`add` for `aten.add.Tensor`."""
     return op.removeprefix("aten.").removeprefix("ouro.").partition(".")[0]
 

@@ -24,6 +24,7 @@ _SCALED = {
     "ouro.dequantize_weight": "weight_scale",
     "ouro.fake_quantize": "scale",
 }
+_FAKE_QUANTIZE = torch.ops.ouro.fake_quantize.default
 
 
 def node_rows(
@@ -78,8 +79,8 @@ def _quantization(
             "median": float(scale.median()),
             "max": float(scale.max()),
         }
-    if is_op(node, *QUANTIZERS):
-        found["site"] = node.meta.get("ouro_site") or site_name(node)
+    if is_op(node, *QUANTIZERS, _FAKE_QUANTIZE):
+        found["site"] = site_of(node)
         found["outlier_share"] = shares.get(found["site"])
     if is_op(node, _FAKE_QUANTIZE):
         found["site"] = node.meta.get("ouro_site") or _uniform_site(node)
@@ -93,6 +94,19 @@ def _uniform_site(node: fx.Node) -> str:
 
 def _kernel(op: str) -> str:
     return "reference" if op.startswith("ouro.") else "aten"
+
+
+def site_of(node: fx.Node) -> str:
+    """The site of a quantizer, or of `fake_quantize`."""
+    written = node.meta.get("ouro_site")
+    if written is not None:
+        return str(written)
+    if not is_op(node, _FAKE_QUANTIZE):
+        return site_name(node)
+    scale = argument(node, "scale")
+    while scale.op == "call_function":  # a cast of what is stored
+        scale = scale.args[0]
+    return str(scale.target).removesuffix(".scale")
 
 
 def dtype_of(value: Any) -> str | None:

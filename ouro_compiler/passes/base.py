@@ -26,6 +26,10 @@ from ouro_compiler.graph import (
 logger = logging.getLogger(__name__)
 
 
+# The pass's name, whether it changed the graph, and the graph: to be read, not edited.
+OnPass = Callable[[str, bool, fx.GraphModule], None]
+
+
 @dataclass(kw_only=True)
 class PassContext:
     """What passes may read: the configuration, and when quantizing sites and their calibration.
@@ -38,6 +42,7 @@ class PassContext:
     layers: Mapping[str, fx.Node] = field(default_factory=dict)
     calibration: Calibration = field(default_factory=Calibration)
     notes: list[str] = field(default_factory=list)  # for the report; passes add to it
+    on_pass: OnPass | None = None  # called after each pass, on the cleaned graph
 
 
 Pass = Callable[[fx.GraphModule, PassContext], bool]
@@ -71,6 +76,8 @@ def run_passes(gm: fx.GraphModule, passes: Sequence[Pass], ctx: PassContext) -> 
             raise PassError(f"pass {name} failed (passes before it: {before}): {error}") from error
         logger.info("%s: %s, %d nodes", name, "changed" if modified else "-", len(gm.graph.nodes))
         done.append(name)
+        if ctx.on_pass is not None:
+            ctx.on_pass(name, modified, gm)
     return changed
 
 

@@ -13,6 +13,7 @@ import ouro_compiler.kernels.cpu  # importing them registers the kernels for CPU
 import ouro_compiler.kernels.cuda  # noqa: F401
 from ouro_compiler.config import Target
 from ouro_compiler.errors import DeviceError, UsageError
+from ouro_compiler.report_view import ReportView
 from ouro_compiler.runtime.cpu_runner import CpuRunner
 
 
@@ -25,6 +26,7 @@ class CompiledModel(nn.Module):
     def __init__(self, program: torch.export.ExportedProgram, manifest: Mapping[str, Any]) -> None:
         super().__init__()
         self.program, self.manifest = program, dict(manifest)
+        self.manifest["report"] = ReportView(self.manifest["report"])
         self.seconds: dict[str, float] = {}  # what compiling took, by stage; not stored
         self.full_report: dict[str, Any] = {}  # with times and the search for bits; not stored
         module = program.module(check_guards=False)
@@ -34,20 +36,36 @@ class CompiledModel(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Run a batch. Raises UsageError if the images have another shape."""
+        self._check(images)
+        if images.device.type != "cpu":
+            with torch.no_grad():
+                return self.graph_module(images)
+        return self._runner(images)(images)
+
+    def _check(self, images: Tensor) -> None:
         expected = list(self.manifest["input"]["shape"])
         if list(images.shape[1:]) != expected[1:] or images.dim() != len(expected):
             raise UsageError(
                 f"this model was compiled for images of {_shown(expected)}, got "
                 f"{_shown(images.shape)}: resize them, or compile for that resolution"
             )
-        if images.device.type != "cpu":
-            with torch.no_grad():
-                return self.graph_module(images)
+
+    def _runner(self, images: Tensor) -> CpuRunner:
         if images.dtype != torch.float32:
             raise UsageError(f"images are {images.dtype}: pass them as torch.float32")
         if self._on_cpu is None:
             self._on_cpu = CpuRunner(self.graph_module)
-        return self._on_cpu(images)
+        return self._on_cpu
+
+    def traced(self, images: Tensor, labels: Mapping[str, str] | None = None) -> Tensor:
+        """Run a batch on the CPU; under `torch.profiler` every node is a range of its own.
+
+        labels: what nodes are called there, by name. The outputs are those of a call.
+        """
+        if images.device.type != "cpu":
+            raise DeviceError("nodes are traced on the cpu: pass images that are there")
+        self._check(images)
+        return self._runner(images).traced(images, labels or {})
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_on_cpu": None}  # addresses mean nothing in a copy
@@ -57,8 +75,11 @@ class CompiledModel(nn.Module):
         return super()._apply(*args, **kwargs)
 
     @property
-    def report(self) -> dict[str, Any]:
-        """What was quantized, what was not and why, sizes and accuracy (docs/report.md)."""
+    def report(self) -> ReportView:
+        """What was quantized, what was not and why, sizes and accuracy (docs/report.md).
+
+        A dictionary that also shows itself: `rich.print`, notebooks, `table("layers")`.
+        """
         return self.manifest["report"]
 
     @property

@@ -9,7 +9,7 @@ calls with prepared arguments. It computes the same bits as the graph.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,6 +50,7 @@ class _Record:
     """Steps with the fake tensors they name, and the memory behind those."""
 
     steps: list[Launch | _Call] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)  # of the node behind each step
     buffers: dict[int, _Buffer] = field(default_factory=dict)
     constants: dict[int, Tensor] = field(default_factory=dict)
     kept: list[Tensor] = field(default_factory=list)  # so that no storage's number is used again
@@ -85,6 +86,7 @@ class Tape:
         self._images = self._real(fake)
         self._outputs = pytree.tree_map_only(Tensor, self._real, outputs)
         self._steps = [self._prepare(step) for step in record.steps]
+        self._names = record.names
         self._lock = threading.Lock()
         record.kept.clear()
 
@@ -95,6 +97,16 @@ class Tape:
             threads = torch.get_num_threads()
             for function, arguments in self._steps:
                 function(arguments, threads)
+            return pytree.tree_map_only(Tensor, Tensor.clone, self._outputs)
+
+    def traced(self, images: Tensor, labels: Mapping[str, str]) -> Any:
+        """The same as a call, each step a `record_function` of its node's label, or else name."""
+        with self._lock:
+            self._images.copy_(images)
+            threads = torch.get_num_threads()
+            for name, (function, arguments) in zip(self._names, self._steps, strict=True):
+                with torch.profiler.record_function(labels.get(name, name)):
+                    function(arguments, threads)
             return pytree.tree_map_only(Tensor, Tensor.clone, self._outputs)
 
     def _real(self, fake: Tensor) -> Tensor:
@@ -138,6 +150,11 @@ class _Recorder(fx.Interpreter):
     def __init__(self, gm: fx.GraphModule, mode: FakeTensorMode, record: _Record) -> None:
         super().__init__(gm)
         self.mode, self.record = mode, record
+        self.name = ""
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.name = n.name
+        return super().run_node(n)
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         found = super().get_attr(target, args, kwargs)
@@ -184,6 +201,7 @@ class _Recorder(fx.Interpreter):
             if isinstance(one, Tensor):
                 self.record.use(one, len(self.record.steps))
         self.record.steps.append(step)
+        self.record.names.append(self.name)
 
 
 def _place(buffers: list[_Buffer]) -> int:

@@ -54,7 +54,9 @@ MAPS: dict[str, Function] = {
     "convolutions": lambda x: F.conv2d(x, KERNEL, groups=4, padding=1, stride=2),
     "same": lambda x: F.conv2d(x, KERNEL[..., :2], VECTOR[:4], groups=4, padding="same"),
     "batch norm": lambda x: F.batch_norm(x, VECTOR[:4], VECTOR[:4].square(), eps=1e-3),
-    "pooling": lambda x: F.max_pool2d(x, 2) + F.avg_pool2d(x, 3, 2, 1) + F.adaptive_avg_pool2d(x, 1),
+    "pooling": lambda x: (
+        F.max_pool2d(x, 2) + F.avg_pool2d(x, 3, 2, 1) + F.adaptive_avg_pool2d(x, 1)
+    ),
     "orders": lambda x: OURO.cross_merge(OURO.cross_scan(x), 6, 6),
 }
 
@@ -81,5 +83,7 @@ def test_an_op_without_a_translation_is_named() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return torch.fft.rfft(x).real + torch.cumprod(x, 1)[..., :4]
 
-    with pytest.raises(ModelError, match=r"no translation for aten\.cumprod\.default, aten\.fft_rfft"):
+    with pytest.raises(
+        ModelError, match=r"no translation for aten\.cumprod\.default, aten\.fft_rfft"
+    ):
         onnx_of(Module(), randn(0, 2, 4, 6))
