@@ -317,11 +317,11 @@ def test_an_snr_takes_the_shortest_path(graph: tuple[fx.GraphModule, Plan], half
     compiled = ouro.compile(small_vim(), images(2), config, calibration=images(8))
     assert abs(compiled.report["logits_snr_db"] - report.snr_db) < 0.02
     # One layer fewer is not enough: the last that was raised is among these.
-    fewer = [
+    fewer = (
         dataclasses.replace(config, overrides=config.overrides[:i] + config.overrides[i + 1 :])
         for i in range(len(config.overrides))
-    ]
-    assert min(map(quality, fewer)) < (low + high) / 2
+    )
+    assert any(quality(one) < (low + high) / 2 for one in fewer)
     _, _, unreachable = search(graph, min_snr=200.0)
     assert not unreachable.met
 
