@@ -49,7 +49,7 @@ ALLOWED["refinement"] = SHARED | {"calibration", "kernels", "passes", "recipes",
 ALLOWED["mixed_precision"] = (
     SHARED
     | {"precision_specs", "calibration", "evaluation", "lowering", "passes", "recipes", "sizes"}
-    | {"synthetic"}
+    | {"refinement", "synthetic"}
 )
 ALLOWED["compiler"] |= {"mixed_precision", "refinement", "synthetic"}
 ALLOWED["backend_options"] = LEAVES | {"compiler", "data", "frontend"}

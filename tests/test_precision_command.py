@@ -36,7 +36,7 @@ def test_tables(cli: Cli) -> None:
     assert "SNR in dB of each layer alone" in result.out
     assert "layers.0.mixer.selective_scan" in result.out
     assert "W4A4" in result.out
-    assert "before and after learning" in result.out
+    assert "before and after learning" in " ".join(result.out.split())
     report = json.loads(Path("r.json").read_text())
     assert report["config"]["refine"]["epochs"] == 1
     (row,) = report["refine"]["rows"]

@@ -37,11 +37,16 @@ class Block:
         """Layers with a site in it, in order."""
         return list(dict.fromkeys(site.layer for site in self.sites))
 
+    @property
+    def label(self) -> str:
+        """What it goes by in a report: its name, or its first layer's where it has none."""
+        return self.name or self.layers[0]
+
 
 def cut_into_blocks(gm: fx.GraphModule, sites: Sequence[Site]) -> list[Block]:
     """All calls of a graph, in order, as blocks and the pieces between them."""
     calls = [node for node in gm.graph.nodes if node.op == "call_function"]
-    names = _block_names(sites)
+    names = sorted(set(_block_names(sites).values()), key=len, reverse=True)
     owners = [_owner(node, names) for node in calls]
     last = {owner: index for index, owner in enumerate(owners) if owner}
     cuts: list[tuple[int, str]] = [(0, "")]
@@ -77,10 +82,12 @@ def _numbered_prefixes(name: str) -> list[str]:
     return [name[: found.end()] for found in re.finditer(r"\d+(?=\.|$)", name)]
 
 
-def _owner(node: fx.Node, names: dict[str, str]) -> str | None:
-    """Whose parameters a call reads: a block's name, "" for none of them, None for no parameter."""
+def _owner(node: fx.Node, blocks: Sequence[str]) -> str | None:
+    """Whose parameters a call reads: a block's name, "" for none of them, None for no parameter.
+
+    blocks: their names, longest first.
+    """
     owner = None
-    blocks = sorted(set(names.values()), key=len, reverse=True)
     for source in node.all_input_nodes:
         if source.op != "get_attr":
             continue

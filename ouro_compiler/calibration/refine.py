@@ -203,7 +203,7 @@ class _Refiner:
             for one in vectors:
                 one.set_value(one.start)
         return RefineRow(
-            block=block.name,
+            block=block.label,
             layers=len(block.layers),
             epochs=self.spec.epochs,
             loss_before=before,

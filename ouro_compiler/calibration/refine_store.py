@@ -72,7 +72,7 @@ def row_of(
         return None
     before, after, seconds = kept["row.numbers"].tolist()
     return RefineRow(
-        block=block.name,
+        block=block.label,
         layers=len(block.layers),
         epochs=epochs,
         loss_before=before,

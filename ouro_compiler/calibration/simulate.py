@@ -88,6 +88,13 @@ class Simulation(fx.Interpreter):
         self._layers: Collection[str] | None = None
         self._quantized: dict[str, Tensor] = {}
 
+    def round_constants(self) -> None:
+        """Let parameters that are not quantized have the fp16 values that an artefact stores."""
+        for node, value in self.constants.items():
+            half = value.half()
+            if value.dtype == torch.float32 and bool(torch.isfinite(half).all()):
+                self.constants[node] = half.float()
+
     def _constant(self, node: Any) -> Tensor:
         found: Tensor = self.constants[node]
         return found

@@ -106,7 +106,7 @@ def print_mixed(found: dict[str, Any] | None) -> None:
             for key in ("block_snr_db", "logits_snr_db")
         ]
         table.add_row("\n".join(row["layers"]), *cells, bits[row["chosen"]])
-    print_table(table)
+    print_table(table, piped_width=140)
     table = Table(show_header=False)
     for label, value in (
         ("smallest possible", human_bytes(found["smallest_bytes"])),

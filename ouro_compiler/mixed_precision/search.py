@@ -29,6 +29,7 @@ from ouro_compiler.passes.base import PassContext, run_passes
 from ouro_compiler.precision_specs import BITS
 from ouro_compiler.recipes import find_recipe
 from ouro_compiler.recipes.planning import Plan
+from ouro_compiler.refinement import check_simulation
 from ouro_compiler.report import MixedReport, MixedRow
 from ouro_compiler.sizes import bytes_by_part
 from ouro_compiler.synthetic import detached_copy
@@ -53,7 +54,8 @@ def choose_bits(
     gm, plan: normalised and planned; they stay as they are. config: where the search starts; no
     layer gets fewer bits than it says, and `overrides` must be empty. images: for calibration and
     the measurements of layers. verify: what an SNR or accuracy is measured on (None: images).
-    Raises UsageError for a budget that not even the start fits, and for max_drop without labels.
+    Raises UsageError for a budget that not even the start fits, for max_drop without labels, and
+    for a recipe whose quantizers are not simulated.
     """
     if config.overrides:
         raise UsageError("mixed precision chooses the bits of layers: leave out overrides")
@@ -105,14 +107,17 @@ class _Search:
         self.base, self.progress, self.batch_size = config, progress, batch_size
         self.recipe = find_recipe(config.recipe)
         self.configs = [_at(config, bits) for bits in BITS if bits >= config.weights.bits]
-        self.simulations = []
-        self.calibrations = []
+        self.simulations: list[Simulation] = []
+        self.calibrations: list[Calibration] = []
         for one in self.configs:
             plan = self.recipe.plan(self.gm, one)
             found = self.recipe.calibrate(
                 self.gm, plan, one, images, batch_size=batch_size, progress=progress
             )
-            self.simulations.append(Simulation(self.gm, plan.sites, found, one))
+            simulation = Simulation(self.gm, plan.sites, found, one)
+            if not self.simulations:
+                check_simulation(simulation, found, one, images)
+            self.simulations.append(simulation)
             self.calibrations.append(found)
         self.sites = self.recipe.plan(self.gm, self.configs[0]).sites
         self.layers = units_of(self.sites)
@@ -157,9 +162,11 @@ class _Search:
         return dataclasses.replace(self.base, overrides=overrides)
 
     def simulation(self, chosen: Sequence[int]) -> Simulation:
-        """All layers together, each as chosen."""
+        """All layers together, each as chosen, and the other parameters as they are stored."""
         sites, calibration = self._calibrated(chosen)
-        return Simulation(self.gm, sites, calibration, self.mixed(chosen))
+        found = Simulation(self.gm, sites, calibration, self.mixed(chosen))
+        found.round_constants()
+        return found
 
     def _calibrated(self, chosen: Sequence[int]) -> tuple[list[Site], Calibration]:
         by_layer = {
