@@ -151,6 +151,8 @@ def quantize_static_outlier(
     vectors = (inlier_scale, zero_point)
     check_quantize("quantize_static_outlier", x, vectors, *static[:3])
     x = rows(x, "x")
+    if channels.dtype != torch.int64:
+        note_copy("channels", f"its dtype is {channels.dtype}")
     channels = contiguous(channels.long(), "channels")
     if current_recording() is None:  # what is recorded has no values, and ran before
         _check_channels(channels, x.shape[2])
