@@ -8,6 +8,7 @@ from pathlib import Path
 import benchmarks.cpu
 import benchmarks.models
 import benchmarks.offline
+import benchmarks.onnx_export
 import benchmarks.synthesis
 import benchmarks.training  # noqa: F401  (they register their suites)
 from benchmarks.output import write_rows
@@ -18,13 +19,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     parser.add_argument("--suite", required=True, choices=sorted(SUITES))
     parser.add_argument("--arch", default="sm_80,sm_89,sm_90", help="architectures (offline)")
-    parser.add_argument("--models", help="architectures, with commas (models, cpu, synthesis)")
+    parser.add_argument(
+        "--models", help="architectures, with commas (models, cpu, synthesis, onnx)"
+    )
     parser.add_argument("--images", type=int, default=2, help="calibration images (models, cpu)")
     parser.add_argument("--steps", type=int, default=60, help="steps a case (training)")
     parser.add_argument("--seeds", default="0,1,2", help="seeds, with commas (synthesis)")
     parser.add_argument("--filter", help="a regular expression that rows' names match")
     parser.add_argument("--batches", default="1,8", help="batch sizes, with commas (cpu)")
-    parser.add_argument("--rounds", type=int, default=9, help="turns of every variant (cpu)")
+    parser.add_argument("--rounds", type=int, default=9, help="turns of every variant (cpu, onnx)")
     parser.add_argument("--json", type=Path, help="write the rows, with what they were made with")
     given = parser.parse_args()
     rows = SUITES[given.suite](given)

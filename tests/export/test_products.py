@@ -1,4 +1,4 @@
-"""Integer products in onnxruntime are exact, and weights are stored in as many bits as they need."""
+"""Integer products in onnxruntime are exact, and weights stored in the bits that they need."""
 
 from __future__ import annotations
 
@@ -23,7 +23,12 @@ class Product(nn.Module):
     """A quantizer and a linear on its codes; limits makes every weight as large as it can be."""
 
     def __init__(
-        self, weight_bits: int, bits: tuple[int, int], *, limits: bool = False, epilogue: bool = True
+        self,
+        weight_bits: int,
+        bits: tuple[int, int],
+        *,
+        limits: bool = False,
+        epilogue: bool = True,
     ) -> None:
         super().__init__()
         top = symmetric_max(weight_bits)

@@ -65,9 +65,7 @@ CASES = [
     for kind in ("dynamic", "asymmetric", "static")
     for bits in ((4, 8), (8, 16), (8, 8), (4, 16))
     for period, reverse in ((10, False), (10, True))
-] + [
-    ("dynamic", (4, 8), period, reverse) for period in (1, 3, 23, 99) for reverse in (False, True)
-]
+] + [("dynamic", (4, 8), period, reverse) for period in (1, 3, 23, 99) for reverse in (False, True)]
 
 
 @pytest.mark.parametrize(("kind", "bits", "period", "reverse"), CASES)
