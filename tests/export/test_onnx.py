@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,25 @@ def test_linear_attention_gives_the_same(tmp_path: Path) -> None:
     assert "Scan" not in kinds
     assert made.difference is not None
     assert made.difference < 1e-5
+
+
+@pytest.mark.parametrize("opset", [18, 24])
+def test_other_opsets_give_the_same(opset: int, tmp_path: Path) -> None:
+    results = []
+    for number in (21, opset):
+        made = export_onnx(compiled_vim(), tmp_path / "m.onnx", opset=number, verify=False)
+        results.append(runner((tmp_path / "m.onnx").read_bytes())(images(4, seed=9)))
+        assert (made.opset, made.snr_db) == (number, None)
+    assert onnx.load(tmp_path / "m.onnx").opset_import[0].version == opset
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxruntime"])
+def test_a_missing_package(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)  # importing it fails
+    with pytest.raises(UsageError, match=rf"needs the package {package}: install ouro-compiler"):
+        export_onnx(compiled_vim(), tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())
 
 
 class _Other:
