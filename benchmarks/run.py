@@ -10,6 +10,7 @@ import benchmarks.cpu
 import benchmarks.fidelity
 import benchmarks.models
 import benchmarks.offline
+import benchmarks.onnx_export
 import benchmarks.synthesis
 import benchmarks.training  # noqa: F401  (they register their suites)
 from benchmarks.output import write_rows
@@ -20,14 +21,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     parser.add_argument("--suite", required=True, choices=sorted(SUITES))
     parser.add_argument("--arch", default="sm_80,sm_89,sm_90", help="architectures (offline)")
-    parser.add_argument("--models", help="with commas (models, cpu, synthesis, accuracy, outliers)")
+    parser.add_argument(
+        "--models", help="with commas (models, cpu, synthesis, accuracy, outliers, onnx)"
+    )
     parser.add_argument("--images", type=int, default=2, help="calibration images (models, cpu)")
     parser.add_argument("--steps", type=int, default=60, help="steps a case (training)")
     parser.add_argument("--seeds", default="0,1,2", help="with commas (synthesis, accuracy)")
     parser.add_argument("--workers", type=int, default=1, help="models at a time (accuracy)")
     parser.add_argument("--filter", help="a regular expression that rows' names match")
     parser.add_argument("--batches", default="1,8", help="batch sizes, with commas (cpu)")
-    parser.add_argument("--rounds", type=int, default=9, help="turns of every variant (cpu)")
+    parser.add_argument("--rounds", type=int, default=9, help="turns of every variant (cpu, onnx)")
     parser.add_argument("--json", type=Path, help="write the rows, with what they were made with")
     given = parser.parse_args()
     if given.workers < 1:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, fx, nn
@@ -24,10 +21,11 @@ from ouro_compiler.config import (
     SynthesisSpec,
     Target,
 )
-from ouro_compiler.errors import ModelError, RefusedLayerError, UsageError, VerificationError
-from ouro_compiler.evaluation import OutlierCounter, accuracy, run_batches, snr_db
+from ouro_compiler.errors import ModelError, RefusedLayerError, UsageError
 from ouro_compiler.frontend.capture import capture, export
 from ouro_compiler.lowering.lower import lower
+from ouro_compiler.measurement import measure, outputs_on
+from ouro_compiler.measurement import timed as timed
 from ouro_compiler.mixed_precision.search import choose_bits
 from ouro_compiler.passes import NORMALIZE, PIPELINE, QUANTIZE
 from ouro_compiler.passes.base import OnPass, PassContext, pass_name, run_passes
@@ -206,7 +204,7 @@ def quantize(
         resized = ResizedImages(calibration, example.shape[2:]) if calibrated else calibration
         measured = verify or resized
         name = "verifying: floating point" if verify else "measuring: floating point"
-        logits = _run(gm, measured, batch_size, name, progress)
+        logits = outputs_on(gm, measured, batch_size, name, progress)
     with timed(report, "calibrate"):
         graph, found = calibrated or (gm, plan)
         parameters = recipe.calibrate(
@@ -243,7 +241,7 @@ def quantize(
         program = export(gm, example)
         report.fill_bytes(before, bytes_by_part(gm))
     with timed(report, "measure"):
-        counter = _measure(program, report, measured, logits, batch_size, progress)
+        counter = measure(program, report, measured, logits, batch_size, progress)
         report.sites = site_rows(plan.sites, parameters, config, counter.shares())
         report.snr_data = measured.description
     return program
@@ -290,58 +288,6 @@ def graph_after(
         context = PassContext(config=config, sites=plan.sites, layers=plan.nodes, calibration=found)
         run_passes(gm, chosen[len(NORMALIZE) :], context)
     return gm, wanted
-
-
-def _run(
-    model: Callable[[Tensor], Any],
-    images: Images,
-    batch_size: int,
-    stage: str,
-    progress: Progress | None,
-) -> Tensor:
-    def on_batch(done: int) -> None:
-        if progress is not None:
-            progress(stage, done, len(images))
-
-    def first_output(batch: Tensor) -> Tensor:
-        outputs = model(batch)
-        return outputs if isinstance(outputs, Tensor) else outputs[0]
-
-    return run_batches(first_output, images.batches(batch_size), on_batch)
-
-
-def _measure(
-    program: torch.export.ExportedProgram,
-    report: Report,
-    images: Images,
-    reference: Tensor,
-    batch_size: int,
-    progress: Progress | None,
-) -> OutlierCounter:
-    module = program.module(check_guards=False)
-    assert isinstance(module, fx.GraphModule)
-    counter = OutlierCounter(module)
-    logits = _run(counter.run, images, batch_size, "measuring: quantized", progress)
-    if not bool(torch.isfinite(logits).all()):
-        raise VerificationError(
-            f"the quantized model's outputs on {images.description} are not all finite: "
-            "no artefact was written"
-        )
-    report.logits_snr_db = snr_db(reference, logits)
-    report.outlier_share = counter.share()
-    if images.labels is not None:
-        report.accuracy_before = accuracy(reference, images.labels)
-        report.accuracy_after = accuracy(logits, images.labels)
-    return counter
-
-
-@contextmanager
-def timed(report: Report, stage: str) -> Iterator[None]:
-    """Note the seconds that a stage takes, added to what it took before."""
-    start = time.perf_counter()
-    yield
-    seconds = report.seconds.get(stage, 0.0) + time.perf_counter() - start
-    report.seconds[stage] = round(seconds, 3)
 
 
 def refuse_skipped(rows: Sequence[LayerRow]) -> None:

@@ -44,6 +44,8 @@ ALLOWED = {
     | {"frontend", "evaluation", "inspection", "kernels"},
 }
 ALLOWED["export"] = SHARED | {"data", "evaluation"}
+ALLOWED["measurement"] = SHARED | {"calibration", "evaluation"}
+ALLOWED["compiler"] |= {"measurement"}
 ALLOWED["synthetic"] = SHARED | {"calibration", "frontend", "kernels"}
 ALLOWED["refinement"] = SHARED | {"calibration", "kernels", "passes", "recipes", "synthetic"}
 ALLOWED["mixed_precision"] = (

@@ -216,7 +216,7 @@ class Emitter:
         fixed = [static(one) for one in shape]
         if fixed.count(None) <= 1:
             target = [-1 if one is None else one for one in fixed]
-            if target and target[0] == -1 and len(before) and bool(before[0] == shape[0]):
+            if target and target[0] == -1 and len(before) and str(before[0]) == str(shape[0]):
                 target[0] = 0
             return self.op("Reshape", name, self.integers(*target))
         if len(sizes) == len(shape):

@@ -180,10 +180,20 @@ def session(content: bytes, threads: int | None = None) -> Any:
 
 
 def runner(content: bytes) -> Callable[[Tensor], Tensor]:
-    """The first output of a session as a function of images."""
+    """The first output of a session as a function of images, which raises VerificationError."""
     opened = session(content)
     name = opened.get_inputs()[0].name
-    return lambda given: torch.from_numpy(opened.run(None, {name: given.numpy()})[0])
+
+    def run(given: Tensor) -> Tensor:
+        try:
+            return torch.from_numpy(opened.run(None, {name: given.numpy()})[0])
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0]
+            raise VerificationError(
+                f"onnxruntime cannot run the exported model: {reason}"
+            ) from error
+
+    return run
 
 
 def compare(content: bytes, expected: Tensor, images: Tensor) -> tuple[float, float]:

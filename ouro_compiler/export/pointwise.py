@@ -99,7 +99,7 @@ def _rsub(emit: Emitter, node: fx.Node) -> str:
     return emit.op("Sub", operand(emit, node.args[1], dtype), operand(emit, node.args[0], dtype))
 
 
-@translates(aten.where.self)
+@translates(aten.where.self, aten.where.ScalarSelf, aten.where.ScalarOther, aten.where.Scalar)
 def _where(emit: Emitter, node: fx.Node) -> str:
     dtype = value_of(node).dtype
     left, right = (operand(emit, one, dtype) for one in node.args[1:3])

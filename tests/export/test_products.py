@@ -1,4 +1,4 @@
-"""Integer products in onnxruntime are exact, and weights are stored in as many bits as they need."""
+"""Integer products in onnxruntime are exact, and weights stored in the bits that they need."""
 
 from __future__ import annotations
 
