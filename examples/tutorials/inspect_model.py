@@ -4,6 +4,7 @@ The same page comes from `ouro inspect examples/vim_digits.safetensors --html pa
 """
 
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import ouro_compiler as ouro
@@ -23,7 +24,7 @@ compiled = ouro.compile(loaded.module, loaded.example, calibration=images, on_pa
 
 print(compiled.report.table("sites"))  # rich.print(compiled.report) and notebooks show all
 
-for before, after in zip(recorder.stages, recorder.stages[1:]):
+for before, after in pairwise(recorder.stages):
     if after.changed:
         print(f"{after.name}: {diff(before.network, after.network).ops}")
 
