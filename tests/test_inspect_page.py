@@ -251,12 +251,9 @@ def test_the_page_needs_nothing_else() -> None:
 
 
 def test_same_model_same_bytes() -> None:
-    recorder = StageRecorder(keep=pass_name(NORMALIZE[-1]))
-    model = ouro.compile(small_vim(2), images(2), calibration=images(), on_pass=recorder)
-    network = build_network(model.graph_module)
-    stages = [*recorder.stages, Stage(name="compiled", changed=True, network=network)]
+    model, recorder = compiled()
     again = measure(model.graph_module, images().split(4), recorder.kept)
-    assert render_page(content(stages=stages, report=model.report, sample=again)) == page()
+    assert render_page(content(sample=again)) == page()
 
 
 ODD = "</script><script>window.evil=1</script><img src=x onerror=evil()>\"'&{{7*7}}\u2028"

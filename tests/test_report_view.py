@@ -6,6 +6,7 @@ import csv
 import io
 import json
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import networkx as nx
 import pytest
@@ -114,7 +115,7 @@ def test_reports_differ_where_configurations_do() -> None:
 def test_graphs_differ_where_passes_changed_them() -> None:
     recorder = StageRecorder()
     compiled = ouro.compile(small_vim(), images(2), calibration=images(), on_pass=recorder)
-    for before, after in zip(recorder.stages, recorder.stages[1:], strict=False):
+    for before, after in pairwise(recorder.stages):
         found = diff(before.network, after.network)
         assert bool(found) == after.changed, after.name
         sizes = (len(before.network), len(after.network))
