@@ -185,9 +185,7 @@ def quantize(
         if calibrated is not None:
             parameters = expand(parameters, plan.sites)
     with timed(report, "quantize"):
-        context = PassContext(
-            config=config, sites=plan.sites, layers=plan.nodes, calibration=parameters
-        )
+        context = PassContext(config=config, sites=plan.sites, calibration=parameters)
         run_passes(gm, QUANTIZE, context)
         report.layers = plan.rows
         report.kernels, notes = lower(gm, plan.rows, target)
@@ -198,7 +196,7 @@ def quantize(
         _fill_bytes(report, before, bytes_by_part(gm))
     with timed(report, "measure"):
         counter = _measure(program, report, measured, logits, batch_size, progress)
-        report.sites = site_rows(plan.sites, parameters, config, counter.shares())
+        report.sites = site_rows(plan.sites, parameters.sites, config, counter.shares())
         report.snr_data = measured.description
     return program
 
@@ -241,7 +239,7 @@ def graph_after(
         config = recipe.configure(config)
         plan = recipe.plan(gm, config)
         found = recipe.calibrate(gm, plan, config, calibration, batch_size=len(calibration))
-        context = PassContext(config=config, sites=plan.sites, layers=plan.nodes, calibration=found)
+        context = PassContext(config=config, sites=plan.sites, calibration=found)
         run_passes(gm, chosen[len(NORMALIZE) :], context)
     return gm, wanted
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 from ouro_compiler.errors import UsageError
 from ouro_compiler.recipe_specs import KsqSpec, Ptq4vmSpec, QmambaSpec, QuambaSpec
 
-SsmCoverage = Literal["none", "params"]
+SsmCoverage = Literal["none", "params", "full"]
 OutlierMode = Literal["none", "static", "dynamic"]
 InlierScale = Literal["per_time_step", "per_tensor"]
 Threshold = Literal["static_t", "scalar", "dynamic_full", "dynamic_residual"]

@@ -22,13 +22,19 @@ _OPS = frozenset({"placeholder", "get_attr", "call_function", "output"})
 
 
 OUTPUT = -1  # the index of a site that is a node's own result
+# Of sites that arise inside a scan: exp(step A), step B and the state (ops/quantized_scan.py); and
+# around them Delta after softplus, C h before D u is added, and silu(z).
+DECAY, INPUT, STATE = (-2, -3, -4)
+STEP, READOUT, GATE = (-5, -6, -7)
+RECURRENCE = (DECAY, INPUT, STATE, STEP, READOUT, GATE)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
     """A tensor to quantize: argument `index` of `node`, fed with (B, L, K) after `transpose`.
 
-    With index OUTPUT it is what the node returns.
+    With index OUTPUT it is what the node returns, with one of RECURRENCE what a scan computes at
+    every step.
     """
 
     name: str
@@ -46,7 +52,7 @@ class Site:
     @property
     def source(self) -> fx.Node:
         """The node whose value is quantized."""
-        if self.index == OUTPUT:
+        if self.index < 0:
             return self.node
         found = self.node.args[self.index]
         assert isinstance(found, fx.Node)
@@ -74,7 +80,8 @@ class UniformParams:
     """A plain uniform quantizer, simulated by `ouro::fake_quantize`.
 
     scale, and zero_point where it is asymmetric, broadcast against (B, L, K): (1,), (L, 1) or (K,).
-    smooth (K,): what channels are divided by first.
+    smooth (K,): what channels are divided by first. At STEP, READOUT and GATE all of them broadcast
+    against (B, K, L), and the result is multiplied by smooth again.
     """
 
     scale: Tensor
@@ -83,30 +90,19 @@ class UniformParams:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScanParams:
-    """Quantizers inside one scan's recurrence (`ouro::quantized_selective_scan`, METHODS 3.6).
+class StepParams:
+    """An operand inside a scan's recurrence, as `ouro::quantized_selective_scan` takes it.
 
-    Vectors over time are (L,), indexed by token; state_factor is (D, N). A quantizer without a
-    scale is absent. step, output and gate quantize what the op takes or leaves in floating point:
-    Delta after softplus (B, D, L), y before D u, and silu(z); `smooth` of these divides before and
-    multiplies after. With `output` or `gate` D u and the gate are computed behind the scan.
+    scale, threshold (None: no outliers): (L,), indexed by token. steps: codes an octave of a
+    logarithmic decay, whose scale (1,) is what code 0 stands for. Of a state: factor (D, N), what
+    it is divided by first; before_rounding, does y read it as it was before?
     """
 
-    bits: int
-    decay_scale: Tensor | None = None
-    decay_limit: float = 0.0
-    decay_steps: int = 0
-    input_scale: Tensor | None = None
-    input_threshold: Tensor | None = None
-    state_scale: Tensor | None = None
-    state_threshold: Tensor | None = None
-    state_factor: Tensor | None = None
-    outlier_bits: int = 8
-    refresh_period: int = 10
-    output_before_rounding: bool = False
-    step: UniformParams | None = None
-    output: UniformParams | None = None
-    gate: UniformParams | None = None
+    scale: Tensor
+    threshold: Tensor | None = None
+    steps: int = 0
+    factor: Tensor | None = None
+    before_rounding: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,20 +119,19 @@ class QWeight:
 
 
 CalibrationTable = Mapping[str, QParams]
-SiteTable = Mapping[str, QParams | UniformParams]
+SiteParams = QParams | UniformParams | StepParams
+SiteTable = Mapping[str, SiteParams]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """What calibration found: parameters by site's name, weights and scans by their layer's.
+    """What calibration found: parameters by site's name, and weights by their layer's.
 
-    A weight that is not there is quantized by clipping search (METHODS P5); a scan that is not
-    there has no quantizers inside its recurrence.
+    A weight that is not there is quantized by clipping search (METHODS P5).
     """
 
     sites: SiteTable = field(default_factory=dict)
     weights: Mapping[str, QWeight] = field(default_factory=dict)
-    scans: Mapping[str, ScanParams] = field(default_factory=dict)
 
 
 def is_op(node: Any, *targets: Any) -> bool:

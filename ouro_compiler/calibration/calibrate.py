@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, fx
 
 from ouro_compiler.calibration.observers import SiteObserver
+from ouro_compiler.calibration.recurrence import RecurrenceObserver
 from ouro_compiler.config import DynamicOutlierSpec
 from ouro_compiler.errors import UsageError
-from ouro_compiler.graph import QParams, Site
+from ouro_compiler.graph import RECURRENCE, Site, SiteParams, all_arguments
 
 # Called with (stage, images done, images in all).
 Progress = Callable[[str, int, int], None]
@@ -32,7 +33,7 @@ def calibrate(
     batches: Batches,
     total: int,
     progress: Progress | None = None,
-) -> dict[str, QParams]:
+) -> dict[str, SiteParams]:
     """Run `batches()` twice through `gm` and return the parameters of every site by name.
 
     batches: a callable giving the same (B, C, H, W) batches each time; total: images in all.
@@ -40,31 +41,37 @@ def calibrate(
     """
     observers: dict[str, SiteObserver] = {}
     watched: dict[fx.Node, list[SiteObserver]] = {}
+    inside: dict[fx.Node, list[Site]] = {}
     for site in sites:
-        if site.name not in observers:
+        if site.index in RECURRENCE:
+            inside.setdefault(site.node, []).append(site)
+        elif site.name not in observers:
             observers[site.name] = SiteObserver(site, spec)
             watched.setdefault(site.source, []).append(observers[site.name])
+    scans = {node: RecurrenceObserver(found, spec, total) for node, found in inside.items()}
     for stage, method in (
-        ("calibrating: ranges", SiteObserver.observe_range),
-        ("calibrating: histograms", SiteObserver.observe_histogram),
+        ("calibrating: ranges", "observe_range"),
+        ("calibrating: histograms", "observe_histogram"),
     ):
-        _observe(gm, watched, method, batches, stage, total, progress)
-        if method is SiteObserver.observe_range:
+        _observe(_Watcher(gm, watched, scans, method), batches, stage, total, progress)
+        if method == "observe_range":
             for observer in observers.values():
                 observer.freeze_range()
-    return {name: observer.qparams() for name, observer in observers.items()}
+            for scan in scans.values():
+                scan.freeze_range()
+    found: dict[str, SiteParams] = {name: one.qparams() for name, one in observers.items()}
+    for scan in scans.values():
+        found |= scan.params()
+    return found
 
 
 def _observe(
-    gm: fx.GraphModule,
-    watched: dict[fx.Node, list[SiteObserver]],
-    method: Callable[[SiteObserver, Tensor], None],
+    interpreter: _Watcher,
     batches: Batches,
     stage: str,
     total: int,
     progress: Progress | None,
 ) -> None:
-    interpreter = _Watcher(gm, watched, method)
     done = 0
     for batch in batches():
         with torch.no_grad():
@@ -77,16 +84,17 @@ def _observe(
 
 
 class _Watcher(fx.Interpreter):
-    """Runs a graph and hands the watched nodes' values to their observers."""
+    """Runs a graph and hands watched values, and arguments of scans, to their observers."""
 
     def __init__(
         self,
         gm: fx.GraphModule,
         watched: dict[fx.Node, list[SiteObserver]],
-        method: Callable[[SiteObserver, Tensor], None],
+        scans: dict[fx.Node, RecurrenceObserver],
+        method: str,
     ) -> None:
         super().__init__(gm)
-        self.watched, self.method = watched, method
+        self.watched, self.scans, self.method = watched, scans, method
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
@@ -97,5 +105,8 @@ class _Watcher(fx.Interpreter):
                     f"calibration met a value that is not finite at {observer.site.name}: "
                     "check the weights and the images"
                 )
-            self.method(observer, x)
+            getattr(observer, self.method)(x)
+        if n in self.scans:
+            arguments = self.map_nodes_to_values(tuple(all_arguments(n)), n)
+            getattr(self.scans[n], self.method)(arguments)
         return value

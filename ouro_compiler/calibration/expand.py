@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ouro_compiler.errors import UsageError
-from ouro_compiler.graph import Calibration, QParams, Site, UniformParams, value_of
+from ouro_compiler.graph import Calibration, Site, SiteParams, StepParams, UniformParams, value_of
 
 
 def expand(found: Calibration, sites: Sequence[Site]) -> Calibration:
@@ -32,13 +32,18 @@ def _tokens(site: Site) -> int:
     return int(shape[-1] if site.transpose else shape[1])
 
 
-def _expanded(found: QParams | UniformParams, length: int) -> QParams | UniformParams:
+def _expanded(found: SiteParams, length: int) -> SiteParams:
     if isinstance(found, UniformParams):  # one scale for all tokens, or it could not be expanded
         return found
 
     def repeated(vector: Tensor) -> Tensor:
         return vector[:1].expand(length).clone()
 
+    if isinstance(found, StepParams):
+        if found.steps:
+            return found
+        threshold = None if found.threshold is None else repeated(found.threshold)
+        return dataclasses.replace(found, scale=repeated(found.scale), threshold=threshold)
     zero_point = None if found.zero_point is None else repeated(found.zero_point)
     return dataclasses.replace(
         found,

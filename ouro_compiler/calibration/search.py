@@ -17,6 +17,8 @@ CANDIDATES = 100
 NORM = 2.4
 BINS = 2048
 _ASYMMETRIC_CANDIDATES = 50  # fractions of the range cut off at either end: 0 .. 0.49
+LOGARITHMIC_SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+LOGARITHMIC_STEPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 _HALF_MIN, _HALF_MAX = 2.0**-14, 65504.0
 _ROWS_AT_ONCE = 1 << 20
 
@@ -72,6 +74,28 @@ def symmetric_from_histogram(histogram: Tensor, peak: Tensor, bits: int) -> Tens
     best = CANDIDATES - cost.flip(1).argmin(1)
     scale = peak * (best.float() / CANDIDATES) / symmetric_max(bits)
     return round_to_half(scale.clamp(min=MIN_SCALE))
+
+
+def unsigned_scale(histogram: Tensor, peak: Tensor, bits: int) -> Tensor:
+    """The same for codes 0 .. 2^bits - 1 of numbers in [0, peak]: symmetric ones of a bit more."""
+    return symmetric_from_histogram(histogram, peak, bits + 1)
+
+
+def logarithmic_from_histogram(counts: Tensor, values: Tensor, bits: int) -> tuple[float, int]:
+    """(s, r) of codes q for s 2^(-q/r) with the least squared error (METHODS 7.2).
+
+    counts and values (K,): how often positive numbers occur. s is a fraction of the largest one.
+    """
+    largest = float(values[counts > 0].max())
+    best_cost, best = float("inf"), (largest, 1)
+    for share in LOGARITHMIC_SHARES:
+        for steps in LOGARITHMIC_STEPS:
+            codes = torch.round(-steps * torch.log2(values / (largest * share)))
+            rebuilt = largest * share * torch.exp2(-codes.clamp(0, 2**bits - 1) / steps)
+            cost = float((counts * (rebuilt - values).square()).sum())
+            if cost < best_cost:
+                best_cost, best = cost, (largest * share, steps)
+    return best
 
 
 def asymmetric_from_histogram(

@@ -14,6 +14,7 @@ class Ssm(str, Enum):
 
     none = "none"
     params = "params"
+    full = "full"
 
 
 class Outliers(str, Enum):
@@ -104,7 +105,9 @@ OutputLossOption = Annotated[
 SynthesisBatch = Annotated[
     int | None, typer.Option(min=1, help="images at a time (as memory allows, at most 32)")
 ]
-SsmOption = Annotated[Ssm, typer.Option(help="operands of the scans to quantize")]
+SsmOption = Annotated[
+    Ssm, typer.Option(help="operands of the scans to quantize; full: inside the recurrence too")
+]
 RecipeOption = Annotated[
     str,
     typer.Option(

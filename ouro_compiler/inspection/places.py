@@ -24,6 +24,7 @@ _NAMING_OPERAND = {
     "ouro.causal_conv1d": "weight",
     "ouro.causal_conv1d_quantize": "weight",
     "ouro.linear_dynamic_outlier": "qweight",
+    "ouro.quantized_selective_scan": "A",
     "ouro.selective_scan": "A",
 }
 # Literals that export lifted out of the code: they say nothing about the place of their reader.
@@ -83,7 +84,7 @@ def layer_names(gm: fx.GraphModule) -> dict[str, str]:
             found[node.name] = str(written)
         elif names:
             owner = names[0].rpartition(".")[0]
-            if op_name(node) == "ouro.selective_scan":
+            if op_name(node).endswith("selective_scan"):
                 owner = _scan_name(node, owner)
             found[node.name] = owner
     return found

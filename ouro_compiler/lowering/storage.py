@@ -25,14 +25,11 @@ _UPCASTING = frozenset(
         "linear_dynamic_outlier",
         "quantize_dynamic_outlier",
         "quantize_static_outlier",
+        "quantized_selective_scan",
         "selective_scan",
     )
 )
-_EXACT = (
-    *(".inlier_scale", ".weight_scale", ".threshold", ".scale"),
-    *(".decay_scale", ".input_scale", ".input_threshold"),
-    *(".state_scale", ".state_threshold", ".state_factor"),
-)
+_EXACT = (".inlier_scale", ".weight_scale", ".threshold", ".factor", ".scale", ".smooth")
 
 
 def store_as_half(gm: fx.GraphModule) -> list[str]:

@@ -17,6 +17,7 @@ from torch import fx
 from ouro_compiler.calibration.search import quantize_weight
 from ouro_compiler.graph import (
     OUTPUT,
+    RECURRENCE,
     QWeight,
     Site,
     UniformParams,
@@ -32,6 +33,7 @@ from ouro_compiler.passes.quantized_parts import (
     constant,
     dequantized_weight,
     from_tokens,
+    replace_behind,
 )
 
 _FAKE_QUANTIZE = torch.ops.ouro.fake_quantize.default
@@ -44,7 +46,8 @@ def insert_fake_quantize(gm: fx.GraphModule, ctx: PassContext) -> bool:
     for site in ctx.sites:
         params = ctx.calibration.sites[site.name]
         done = site.node.meta.get("ouro_sites", frozenset())
-        if not isinstance(params, UniformParams) or site.index in done:
+        inside = site.index in RECURRENCE  # quantize_recurrence's
+        if not isinstance(params, UniformParams) or inside or site.index in done:
             continue
         _quantize(gm, site, params, quantized)
         linear = is_op(site.node, aten.linear.default)
@@ -65,26 +68,17 @@ def _quantize(
     source = site.source
     if site.name not in quantized:
         quantized[site.name] = _round_trip(gm, site, params)
+    made = tokens = quantized[site.name]
+    if site.transpose:
+        made = from_tokens(gm.graph, tokens.next, tokens, source)
     if site.index != OUTPUT:
-        site.node.update_arg(site.index, quantized[site.name])
+        site.node.update_arg(site.index, made)
         return
-    made = quantized[site.name]
-    own = {made, *_chain(source, made)}
-    source.replace_all_uses_with(made, delete_user_cb=lambda user: user not in own)
-
-
-def _chain(source: fx.Node, last: fx.Node) -> set[fx.Node]:
-    """The nodes between a source and what was made of it."""
-    found: set[fx.Node] = set()
-    node = last
-    while node is not source:
-        found.add(node)
-        node = node.args[0]  # type: ignore[assignment]
-    return found
+    replace_behind(source, made)
 
 
 def _round_trip(gm: fx.GraphModule, site: Site, params: UniformParams) -> fx.Node:
-    """Nodes right after the site's source."""
+    """Nodes right after the site's source; the last one has tokens (B, L, K)."""
     source = site.source
     before = source.next
     x = as_tokens(gm.graph, before, source) if site.transpose else source
@@ -97,7 +91,7 @@ def _round_trip(gm: fx.GraphModule, site: Site, params: UniformParams) -> fx.Nod
         zero = constant(gm, before, f"{site.name}.zero_point", params.zero_point)
     x = insert_call(gm.graph, before, _FAKE_QUANTIZE, x, scale, zero, site.bits)
     x.meta["ouro_site"] = site.name
-    return from_tokens(gm.graph, before, x, source) if site.transpose else x
+    return x
 
 
 def _quantize_weight(gm: fx.GraphModule, site: Site, ctx: PassContext) -> None:

@@ -2,10 +2,11 @@
 
 1. A linear's input at a site becomes `dequantize(quantize(x))`, its weight
 `dequantize_weight(codes)`.
-2. A scan's delta, B and C become `dequantize(quantize(.))` on their token-major form; A becomes
+2. What a scan returns, where a site is its output, becomes `dequantize(quantize(.))` likewise.
+3. A scan's delta, B and C become `dequantize(quantize(.))` on their token-major form; A becomes
    `-exp(dequantize_weight(codes of log(-A)))`, one scale and zero point a channel; D is quantized
    with one symmetric scale.
-3. Consumers of one activation share one quantizer.
+4. Consumers of one activation share one quantizer.
 
 The graph still computes in floating point and is the simulation that later passes must equal.
 """
@@ -19,6 +20,7 @@ from torch import Tensor, fx
 
 from ouro_compiler.calibration.search import quantize_rows_asymmetric, quantize_weight
 from ouro_compiler.graph import (
+    OUTPUT,
     QParams,
     QWeight,
     Site,
@@ -36,6 +38,7 @@ from ouro_compiler.passes.quantized_parts import (
     constant,
     dequantized_weight,
     from_tokens,
+    replace_behind,
 )
 
 _OURO = torch.ops.ouro
@@ -72,12 +75,19 @@ class _Inserter:
         self.dequantized: dict[str, fx.Node] = {}
 
     def quantize_activation(self, site: Site, params: QParams) -> None:
+        source = site.source
         if site.name not in self.dequantized:
             self.dequantized[site.name] = self._round_trip(site, params)
-        site.node.update_arg(site.index, self.dequantized[site.name])
+        made = tokens = self.dequantized[site.name]
+        if site.transpose:
+            made = from_tokens(self.gm.graph, tokens.next, tokens, source)
+        if site.index == OUTPUT:
+            replace_behind(source, made)
+        else:
+            site.node.update_arg(site.index, made)
 
     def _round_trip(self, site: Site, params: QParams) -> fx.Node:
-        """Nodes right after the site's source: to tokens, quantize, dequantize, and back."""
+        """Nodes right after the site's source: to tokens (B, L, K), quantize, dequantize."""
         graph, source = self.gm.graph, site.source
         before = source.next
         x = as_tokens(graph, before, source) if site.transpose else source
@@ -103,10 +113,9 @@ class _Inserter:
             insert_call(graph, before, operator.getitem, quantize, index) for index in range(3)
         )
         kept = x if self.spec.outlier_bits == KEEP_FLOAT_BITS else None
-        result = insert_call(
+        return insert_call(
             graph, before, _DEQUANTIZE, codes, scale, zero, outlier_scale, start, kept, *static
         )
-        return from_tokens(graph, before, result, source) if site.transpose else result
 
     def quantize_linear_weight(self, site: Site) -> None:
         weight = self.calibration.weights.get(site.layer)

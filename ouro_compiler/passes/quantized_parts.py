@@ -50,3 +50,15 @@ def from_tokens(graph: fx.Graph, before: fx.Node, tokens: fx.Node, like: fx.Node
         sizes = [int(shape[1]), int(shape[2])]
         found = insert_call(graph, before, aten.unflatten.int, found, 1, sizes)
     return found
+
+
+def replace_behind(source: fx.Node, made: fx.Node) -> None:
+    """Let every reader of `source` read `made` instead, but for those that `made` is made of."""
+    own: set[fx.Node] = set()
+    found = [made]
+    while found:
+        node = found.pop()
+        if node is not source and node not in own:
+            own.add(node)
+            found.extend(node.all_input_nodes)
+    source.replace_all_uses_with(made, delete_user_cb=lambda user: user not in own)

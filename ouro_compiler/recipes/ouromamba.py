@@ -2,8 +2,9 @@
 
 Selected are the linears inside blocks (input (B, L, K), constant weight) and, with `ssm` = params,
 the scans' operands: A and D (weight bits), B and C (activation bits, no outliers), delta before
-softplus (asymmetric). Patch embedding, convolutions, norms and the classifier head stay in floating
-point, as in the published code.
+softplus (asymmetric). With `ssm` = full also the scan's input, gate and output, and inside its
+recurrence the decay, the input and the state. Patch embedding, convolutions, norms and the
+classifier head stay in floating point, as in the published code.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import fx
 from ouro_compiler.calibration.calibrate import Progress, calibrate
 from ouro_compiler.calibration.images import Images
 from ouro_compiler.config import QuantConfig
-from ouro_compiler.graph import Calibration, Site
+from ouro_compiler.graph import DECAY, INPUT, OUTPUT, STATE, Calibration, Site, all_arguments
 from ouro_compiler.recipes.planning import (
     Chosen,
     Layer,
@@ -25,6 +26,11 @@ from ouro_compiler.recipes.planning import (
     plan_graph,
     scan_refusal,
     skip_convolution,
+)
+
+_FULL = (
+    "every operand is quantized where it arises, the recurrence included; its arithmetic is in "
+    "floating point, on dequantized values"
 )
 
 
@@ -93,19 +99,39 @@ def _plan_scan(layer: Layer) -> Chosen:
     spec = layer.config.activations
     row.weight_bits, row.activation_bits = layer.config.weights.bits, spec.inlier_bits
     sites = [
-        Site(
-            name=operand,
-            node=layer.node,
-            index=index,
-            bits=spec.inlier_bits,
-            kind="ssm",
-            layer=layer.name,
-            transpose=True,
-            reverse=layer.reverse,
+        dataclasses.replace(
+            _scan_site(layer, operand, index),
             asymmetric=operand == "delta",
             split=operand == "delta",
             kappa=spec.kappa_delta,
         )
         for index, operand in ((1, "delta"), (3, "B"), (4, "C"))
     ]
+    if layer.config.ssm == "full":
+        row.reason = _FULL
+        sites += _full_sites(layer)
     return row, sites
+
+
+def _full_sites(layer: Layer) -> list[Site]:
+    """u, the gate where there is one, what arises inside the recurrence, and y (METHODS 3.6)."""
+    chosen = [(0, "u"), (6, "z"), (DECAY, "decay"), (INPUT, "input"), (STATE, "state")]
+    arguments = all_arguments(layer.node)
+    if not isinstance(arguments[6], fx.Node):
+        chosen.remove((6, "z"))
+    return [_scan_site(layer, name, index) for index, name in (*chosen, (OUTPUT, "y"))]
+
+
+def _scan_site(layer: Layer, name: str, index: int) -> Site:
+    spec = layer.config.activations
+    return Site(
+        name=name,
+        node=layer.node,
+        index=index,
+        bits=spec.inlier_bits,
+        kind="ssm",
+        layer=layer.name,
+        transpose=True,
+        reverse=layer.reverse,
+        kappa=spec.kappa,
+    )

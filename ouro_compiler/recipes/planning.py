@@ -14,7 +14,15 @@ import torch
 from torch import fx
 
 from ouro_compiler.config import QuantConfig
-from ouro_compiler.graph import Site, all_arguments, aten, get_constant, is_op, value_of
+from ouro_compiler.graph import (
+    RECURRENCE,
+    Site,
+    all_arguments,
+    aten,
+    get_constant,
+    is_op,
+    value_of,
+)
 from ouro_compiler.report import LayerKind, LayerRow
 
 SCAN = torch.ops.ouro.selective_scan.default
@@ -112,7 +120,7 @@ def plan_graph(
     """
     found = Plan()
     reversed_linears = _linears_of_reversed_scans(gm)
-    sources: dict[tuple[fx.Node, bool], str] = {}
+    sources: dict[tuple[fx.Node, bool, bool], str] = {}
     for node in gm.graph.nodes:
         if is_op(node, aten.linear.default):
             choose, layer = linear, _linear(gm, node, config, node in reversed_linears)
@@ -130,10 +138,20 @@ def plan_graph(
         found.nodes[row.name] = node
         for site in sites:
             name = f"{row.name}.{site.name}"
-            if shared:
-                name = sources.setdefault((site.source, site.reverse), name)
+            if shared and site.index not in RECURRENCE:
+                name = sources.setdefault((*_tokens_of(site), site.reverse), name)
             found.sites.append(dataclasses.replace(site, name=name, layer=row.name))
     return found
+
+
+def _tokens_of(site: Site) -> tuple[fx.Node, bool]:
+    """What a site's tokens (B, L, K) are: a node, and whether it is transposed to them."""
+    node, turned = site.source, site.transpose
+    while is_op(node, aten.transpose.int) and value_of(node).dim() == 3:
+        if {int(dim) % 3 for dim in node.args[1:3]} != {1, 2}:  # type: ignore[arg-type]
+            break
+        node, turned = node.args[0], not turned  # type: ignore[assignment]
+    return node, turned
 
 
 def _linear(gm: fx.GraphModule, node: fx.Node, config: QuantConfig, reverse: bool) -> Layer:
