@@ -95,12 +95,12 @@ def test_steps_that_are_fine_change_little(function: Any) -> None:
     """D u and the gate have moved behind the scan, and nothing is lost on the way."""
     gm = captured(function)
     before = gm(tokens(3))
-    modified, _ = run(gm, {READOUT: UniformParams(scale=torch.tensor([0.05]))})
+    modified, _ = run(gm, {READOUT: UniformParams(scale=torch.tensor([0.2]))})
     assert modified
     assert not any(is_op(node, SCAN) for node in gm.graph.nodes)
     assert quantized_node(gm).meta["ouro_layer"] == "block.selective_scan"
     gate = F.silu(tokens(3).transpose(1, 2)) if function is forward else torch.ones(1)
-    assert bool(((gm(tokens(3)) - before).abs() <= 0.0251 * gate.abs() + 1e-5).all())
+    assert bool(((gm(tokens(3)) - before).abs() <= 0.1001 * gate.abs() + 1e-5).all())
 
 
 def test_quantizers_around_it() -> None:
