@@ -226,11 +226,7 @@ def quantize(
         parameters = expand(parameters, plan.sites)
     with timed(report, "quantize"):
         context = PassContext(
-            config=config,
-            sites=plan.sites,
-            layers=plan.nodes,
-            calibration=parameters,
-            on_pass=on_pass,
+            config=config, sites=plan.sites, calibration=parameters, on_pass=on_pass
         )
         run_passes(gm, QUANTIZE, context)
         report.layers = plan.rows
@@ -242,7 +238,7 @@ def quantize(
         report.fill_bytes(before, bytes_by_part(gm))
     with timed(report, "measure"):
         counter = measure(program, report, measured, logits, batch_size, progress)
-        report.sites = site_rows(plan.sites, parameters, config, counter.shares())
+        report.sites = site_rows(plan.sites, parameters.sites, config, counter.shares())
         report.snr_data = measured.description
     return program
 
@@ -285,7 +281,7 @@ def graph_after(
         config = recipe.configure(config)
         plan = recipe.plan(gm, config)
         found = recipe.calibrate(gm, plan, config, calibration, batch_size=len(calibration))
-        context = PassContext(config=config, sites=plan.sites, layers=plan.nodes, calibration=found)
+        context = PassContext(config=config, sites=plan.sites, calibration=found)
         run_passes(gm, chosen[len(NORMALIZE) :], context)
     return gm, wanted
 

@@ -22,8 +22,11 @@ _OPS = frozenset({"placeholder", "get_attr", "call_function", "output"})
 
 
 OUTPUT = -1  # the index of a site that is a node's own result
-# Of sites that arise inside a scan: exp(step A), step B and the state (ops/quantized_scan.py).
-DECAY, INPUT, STATE = RECURRENCE = (-2, -3, -4)
+# Of sites that arise inside a scan: exp(step A), step B and the state (ops/quantized_scan.py); and
+# around them Delta after softplus, C h before D u is added, and silu(z).
+DECAY, INPUT, STATE = (-2, -3, -4)
+STEP, READOUT, GATE = (-5, -6, -7)
+RECURRENCE = (DECAY, INPUT, STATE, STEP, READOUT, GATE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +83,8 @@ class UniformParams:
     scale, and zero_point where it is asymmetric, broadcast against (B, L, K): (1,), (L, 1) or (K,).
     smooth (K,): what channels are divided by first. rotation (K, K): what tokens are multiplied by
     next, as by a linear's weight; an equal one is stored once for all sites that share the tensor.
+    At STEP, READOUT and GATE scale, zero_point and smooth broadcast against (B, K, L), and the
+    result is multiplied by smooth again.
     """
 
     scale: Tensor
@@ -105,33 +110,6 @@ class StepParams:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScanParams:
-    """Quantizers inside one scan's recurrence (`ouro::quantized_selective_scan`, METHODS 3.6).
-
-    Vectors over time are (L,), indexed by token; state_factor is (D, N). A quantizer without a
-    scale is absent. step, output and gate quantize what the op takes or leaves in floating point:
-    Delta after softplus (B, D, L), y before D u, and silu(z); `smooth` of these divides before and
-    multiplies after. With `output` or `gate` D u and the gate are computed behind the scan.
-    """
-
-    bits: int
-    decay_scale: Tensor | None = None
-    decay_limit: float = 0.0
-    decay_steps: int = 0
-    input_scale: Tensor | None = None
-    input_threshold: Tensor | None = None
-    state_scale: Tensor | None = None
-    state_threshold: Tensor | None = None
-    state_factor: Tensor | None = None
-    outlier_bits: int = 8
-    refresh_period: int = 10
-    output_before_rounding: bool = False
-    step: UniformParams | None = None
-    output: UniformParams | None = None
-    gate: UniformParams | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
 class QWeight:
     """A weight's int8 codes (O, K), scales (O,) and, where asymmetric, zero points (O,).
 
@@ -151,16 +129,14 @@ SiteTable = Mapping[str, SiteParams]
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """What calibration found: parameters by site's name, weights and scans by their layer's.
+    """What calibration found: parameters by site's name, and weights by their layer's.
 
     A linear's weight that is not there is quantized by clipping search (METHODS P5). Those of a
-    scan are called `layer.A` (of log(-A), (D, N)) and `layer.D` (1, D). A scan that is not in
-    `scans` has no quantizers inside its recurrence but those of sites there.
+    scan are called `layer.A` (of log(-A), (D, N)) and `layer.D` (1, D).
     """
 
     sites: SiteTable = field(default_factory=dict)
     weights: Mapping[str, QWeight] = field(default_factory=dict)
-    scans: Mapping[str, ScanParams] = field(default_factory=dict)
 
 
 def is_op(node: Any, *targets: Any) -> bool:

@@ -12,7 +12,7 @@ from torch import fx
 
 import ouro_compiler as ouro
 from ouro_compiler.config import QuantConfig
-from ouro_compiler.graph import UniformParams, argument, aten, get_constant, is_op
+from ouro_compiler.graph import StepParams, UniformParams, argument, aten, get_constant, is_op
 from ouro_compiler.runtime.compiled_model import CompiledModel
 from tests.command_line import Cli, cli  # noqa: F401  (a fixture)
 from tests.models import compiled_vim, images
@@ -97,9 +97,10 @@ def test_scans() -> None:
         assert all(argument(node, name) is None for name in ("D", "z", "decay_scale"))
         assert argument(node, "decay_steps") == 0
     assert len(nodes(model, SCAN)) == 2
-    steps = scales_behind(model, aten.softplus.default)
     gates = scales_behind(model, aten.silu.default)
-    assert [tuple(one.shape) for one in (*steps, *gates)] == [(96, 1)] * 4
+    assert [tuple(one.shape) for one in gates] == [(96, 1)] * 2
+    for node in nodes(model, SCAN):
+        assert is_op(argument(node, "step"), ROUND)
     rows = {row["name"]: row for row in model.report["layers"]["rows"]}
     assert rows["layers.0.mixer.selective_scan"]["status"] == "simulated"
     assert "recurrence" in rows["layers.0.mixer.selective_scan"]["reason"]
@@ -124,28 +125,25 @@ def test_scans_stay_without_ssm() -> None:
     plan, found = calibrated(config(ouro.W8A8, "ssm=none", "ksq.search_rounds=0"))
     rows = {row.name: row for row in plan.rows}
     assert "ssm = none" in str(rows["layers.0.mixer.selective_scan"].reason)
-    assert not found.scans
+    assert not any("scan" in name for name in found.sites)
 
 
 def test_without_reparameterization() -> None:
     made = config(ouro.W8A8, "ksq.reparameterize=false", "ksq.search_rounds=0")
-    scans = calibrated(made)[1].scans
-    assert len(scans) == 2
-    for params in scans.values():
-        assert params.state_factor is None
-        assert params.state_scale is not None
-        assert params.output is not None
-        assert params.output.smooth is None
+    found = calibrated(made)[1].sites
+    states = [one for one in found.values() if isinstance(one, StepParams)]
+    assert len(states) == 2
+    assert all(one.factor is None for one in states)
+    for name, params in found.items():
+        assert isinstance(params, StepParams) or params.smooth is None, name
 
 
 def test_one_cluster_is_per_tensor() -> None:
     """T19."""
     _, found = calibrated(config(ouro.W8A8, "ksq.clusters=1", "ksq.search_rounds=0"))
-    assert found.sites
-    scans = [one for params in found.scans.values() for one in (params.step, params.gate)]
-    for params in [*found.sites.values(), *scans]:
-        assert isinstance(params, UniformParams)
-        assert len(params.scale.unique()) == 1
+    tensors = [one for one in found.sites.values() if isinstance(one, UniformParams)]
+    assert len(tensors) == 7 + 3 + 2 + 2 * 3  # linears, convolutions, norms, around scans
+    assert all(len(params.scale.unique()) == 1 for params in tensors)
 
 
 def test_other_bits_are_an_extrapolation() -> None:
@@ -155,11 +153,17 @@ def test_other_bits_are_an_extrapolation() -> None:
 
 
 def test_bits_reach_every_quantizer() -> None:
-    _, found = calibrated(config(ouro.W4A4, "ksq.search_rounds=0"))
-    assert all(params.bits == 4 for params in found.scans.values())
-    assert all(one.zero_point.tolist() == [8] for one in found.sites.values())
+    plan, found = calibrated(config(ouro.W4A4, "ksq.search_rounds=0"))
+    assert all(site.bits == 4 for site in plan.sites)
+    tensors = [one for one in found.sites.values() if isinstance(one, UniformParams)]
+    assert all(_only(one.zero_point) == 8 for one in tensors)
     for weight in found.weights.values():
         assert -8 <= weight.codes.min() < weight.codes.max() <= 7
+
+
+def _only(value: torch.Tensor | None) -> float:
+    assert value is not None
+    return float(value)
 
 
 def test_a_file_computes_the_same(tmp_path: Path) -> None:

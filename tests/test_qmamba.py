@@ -18,7 +18,7 @@ from ouro_compiler.calibration.scan_states import ScanInputs, ScanObserver
 from ouro_compiler.calibration.search import weight_scale
 from ouro_compiler.config import QuantConfig
 from ouro_compiler.errors import UsageError
-from ouro_compiler.graph import UniformParams, argument, is_op
+from ouro_compiler.graph import StepParams, UniformParams, argument, is_op
 from ouro_compiler.recipes import qmamba
 from ouro_compiler.recipes.planning import Plan
 from tests.command_line import Cli, cli  # noqa: F401  (a fixture)
@@ -35,6 +35,7 @@ from tests.recipe_checks import (
 )
 
 SCAN = torch.ops.ouro.quantized_selective_scan.default
+SCANS = ("layers.0.mixer.selective_scan", "layers.0.mixer.selective_scan_reverse")
 CHANNELS, STATES, LENGTH = 5, 3, 12
 
 
@@ -195,64 +196,59 @@ def test_the_search_of_a_linear_lessens_its_error() -> None:
 @pytest.mark.parametrize("preset", ["w8a8", "w4a4"])
 def test_scales_of_every_scan(preset: str) -> None:
     plan, found = calibrated(config(ouro.PRESETS[preset], "qmamba.search_rounds=1"))
-    names = ["layers.0.mixer.selective_scan", "layers.0.mixer.selective_scan_reverse"]
-    assert list(found.scans) == names
     rows = {row.name: row for row in plan.rows}
-    for name, params in found.scans.items():
-        assert params.bits == (8 if preset == "w8a8" else 4)
-        for scale in (params.input_scale, params.state_scale):
-            assert scale is not None
-            assert scale.shape == (50,)
-            assert 1 < len(scale.unique()) <= 8
-        assert (params.decay_steps > 0) != (params.decay_scale is not None)
-        assert params.state_threshold is params.state_factor is params.output is None
-        assert not params.output_before_rounding
+    for name in SCANS:
+        for operand in ("input", "state"):
+            params = found.sites[f"{name}.{operand}"]
+            assert isinstance(params, StepParams)
+            assert params.scale.shape == (50,)
+            assert 1 < len(params.scale.unique()) <= 8
+            assert params.threshold is params.factor is None
+            assert not params.before_rounding
+        decay = found.sites[f"{name}.decay"]
+        assert isinstance(decay, StepParams)
+        assert decay.scale.shape == ((1,) if decay.steps else (50,))
         assert rows[name].status == "simulated"
         assert "recurrence" in str(rows[name].reason)
-        assert ("LtSQ" in str(rows[name].reason)) == (params.decay_steps > 0)
+        assert ("LtSQ" in str(rows[name].reason)) == (decay.steps > 0)
+        assert found.sites[f"{name}.u"].scale.shape == (1,)
+    assert all(site.bits == (8 if preset == "w8a8" else 4) for site in plan.sites)
     assert found.weights.keys() == {
         row.name for row in plan.rows if row.kind == "linear" and row.name != "head"
     }
-    for params in found.sites.values():
-        assert params.scale.shape == (1,)
 
 
 def test_scans_stay_without_ssm() -> None:
     plan, found = calibrated(config(ouro.W8A8, "ssm=none", "qmamba.search_rounds=0"))
     rows = {row.name: row for row in plan.rows}
     assert "ssm = none" in str(rows["layers.0.mixer.selective_scan"].reason)
-    assert not found.scans
+    assert not any("scan" in name for name in found.sites)
     assert all(site.kind == "linear" for site in plan.sites)
 
 
 @pytest.mark.parametrize("decay", ["uniform", "plain", "calibrated"])
 def test_the_decays_code_is_the_setting(decay: str) -> None:
     settings = (f"qmamba.decay={decay}", "qmamba.skewness=0", "qmamba.search_rounds=1")
-    for params in calibrated(config(ouro.W8A8, *settings))[1].scans.values():
+    found = calibrated(config(ouro.W8A8, *settings))[1].sites
+    for params in (found[f"{name}.decay"] for name in SCANS):
+        assert isinstance(params, StepParams)
         if decay == "uniform":
-            assert params.decay_steps == 0
-            assert params.decay_scale is not None
+            assert params.steps == 0
         elif decay == "plain":
-            assert (params.decay_steps, params.decay_limit) == (1, 1.0)
+            assert (params.steps, float(params.scale)) == (1, 1.0)
         else:
-            assert params.decay_steps > 1
-            assert 0 < params.decay_limit <= 1.2
+            assert params.steps > 1
+            assert 0 < float(params.scale) <= 1.2
 
 
 def test_calibration_is_deterministic() -> None:
     made = config(ouro.W8A8, "qmamba.search_rounds=1")
     first, second = (calibrated(made)[1] for _ in range(2))
-    for name, params in first.scans.items():
-        assert torch.equal(_tensor(params.state_scale), _tensor(second.scans[name].state_scale))
-        assert params.decay_limit == second.scans[name].decay_limit
+    for name, params in first.sites.items():
+        assert torch.equal(params.scale, second.sites[name].scale)
     for name, weight in first.weights.items():
         assert torch.equal(weight.codes, second.weights[name].codes)
         assert torch.equal(weight.scale, second.weights[name].scale)
-
-
-def _tensor(found: Tensor | None) -> Tensor:
-    assert found is not None
-    return found
 
 
 def test_images_that_are_not_finite_are_refused() -> None:

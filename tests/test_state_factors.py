@@ -19,7 +19,7 @@ from ouro_compiler.calibration.state_factors import (
     fold_into_projection,
     state_factors,
 )
-from ouro_compiler.graph import ScanParams
+from ouro_compiler.graph import STATE, StepParams
 from tests.helpers import REPEATABLE, assert_close, generator, mamba_selective_scan_ref, randn
 
 CHANNELS, STATES, LENGTH = 6, 4, 11
@@ -110,13 +110,10 @@ def test_steps_and_a_static_factor_are_the_reparameterization(reverse: bool, bit
     peak.observe_ranges(made, r)
     scale = (peak.state_peak / 2 ** (bits - 1)).double().numpy()
     expected = torch.from_numpy(reparameterized(made, r, scale, bits)).float()
-    params = ScanParams(
-        bits=bits,
-        state_scale=torch.from_numpy(scale).float() * r.time,
-        state_factor=r.static,
-        output_before_rounding=True,
+    state = StepParams(
+        scale=torch.from_numpy(scale).float() * r.time, factor=r.static, before_rounding=True
     )
-    found = quantized_scan(made, params)
+    found = quantized_scan(made, {STATE: state}, bits)
     assert_close(found, expected, 1e-4)
     plain = mamba(made)
     assert (plain - expected).abs().max() > 1e-3 * plain.abs().max()  # rounding shows
@@ -141,13 +138,11 @@ def test_folding_the_states_factor(seed: int) -> None:
     # r_D is then no factor of the rounded state any more.
     ones = torch.ones(STATES)
     scale = torch.full((LENGTH,), 0.02)
-    before = ScanParams(bits=8, state_scale=scale, state_factor=r.channel[:, None] * r.state)
-    after = ScanParams(bits=8, state_scale=scale, state_factor=r.channel[:, None] * ones)
-    difference = quantized_scan(projected(folded), after) - quantized_scan(
-        projected(weight), before
-    )
-    size = quantized_scan(projected(weight), before).abs().max()
-    assert difference.abs().median() <= 1e-5 * size
+    before = {STATE: StepParams(scale=scale, factor=r.channel[:, None] * r.state)}
+    after = {STATE: StepParams(scale=scale, factor=r.channel[:, None] * ones)}
+    wanted = quantized_scan(projected(weight), before, 8)
+    difference = quantized_scan(projected(folded), after, 8) - wanted
+    assert difference.abs().median() <= 1e-5 * wanted.abs().max()
 
 
 def test_rank_one_magnitudes_are_evened_out() -> None:

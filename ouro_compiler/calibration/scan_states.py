@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ouro_compiler.calibration.clusters import group_peaks
 from ouro_compiler.calibration.search import BINS, symmetric_from_histogram
-from ouro_compiler.graph import ScanParams
+from ouro_compiler.graph import DECAY, INPUT, STATE, StepParams
 from ouro_compiler.ops.activations import softplus
 from ouro_compiler.ops.selective_scan import per_channel
 
@@ -86,14 +86,17 @@ class ScanInputs:
             yield t, h
 
 
-def quantized_scan(scan: ScanInputs, params: ScanParams) -> Tensor:
-    """y (B, D, L) of a scan with quantizers inside."""
+def quantized_scan(scan: ScanInputs, inside: Mapping[int, StepParams], bits: int) -> Tensor:
+    """y (B, D, L) of a scan with quantizers inside: those of DECAY, INPUT and STATE given."""
+    decay, arriving, state = (inside.get(index) for index in (DECAY, INPUT, STATE))
+    steps = 0 if decay is None else decay.steps
+    uniform = None if decay is None or steps else decay.scale
     found: Tensor = torch.ops.ouro.quantized_selective_scan(
-        *(scan.u, scan.step, scan.A, scan.B, scan.C, scan.D, scan.z),
-        *(params.decay_scale, params.input_scale, params.input_threshold),
-        *(params.state_scale, params.state_threshold, params.state_factor),
-        *(params.decay_limit, params.decay_steps, params.bits, params.outlier_bits),
-        *(params.refresh_period, params.output_before_rounding, scan.reverse),
+        *(scan.u, scan.step, scan.A, scan.B, scan.C, scan.D, scan.z, uniform),
+        *(None if arriving is None else arriving.scale, None),
+        *(None if state is None else state.scale, None, None if state is None else state.factor),
+        *(float(decay.scale) if decay is not None and steps else 0.0, steps, bits, 8, 1),
+        *(state is not None and state.before_rounding, scan.reverse),
     )
     return found
 

@@ -34,8 +34,6 @@ _UPCASTING = frozenset(
 _EXACT = (
     *(".inlier_scale", ".weight_scale", ".threshold", ".factor"),
     *(".activation_scale", ".zero_point", ".smooth", ".rotation", ".scale"),
-    *(".decay_scale", ".input_scale", ".input_threshold"),
-    *(".state_scale", ".state_threshold", ".state_factor"),
 )
 
 

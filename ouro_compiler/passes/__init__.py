@@ -11,7 +11,6 @@ from ouro_compiler.passes.fuse_direction_flips import fuse_direction_flips
 from ouro_compiler.passes.fuse_quantize_prologue import fuse_quantize_prologue
 from ouro_compiler.passes.insert_fake_quantize import insert_fake_quantize
 from ouro_compiler.passes.insert_quantize_dequantize import insert_quantize_dequantize
-from ouro_compiler.passes.insert_quantized_scan import insert_quantized_scan
 from ouro_compiler.passes.normalize_linear import normalize_linear
 from ouro_compiler.passes.quantize_recurrence import quantize_recurrence
 from ouro_compiler.passes.raise_causal_conv1d import raise_causal_conv1d
@@ -40,7 +39,6 @@ INSERT: tuple[Pass, ...] = (
     insert_quantize_dequantize,  # needs the calibrated table, so the graph must be normalised
     insert_fake_quantize,  # the sites of simulated recipes; order between the two is free
     quantize_recurrence,  # after both: it takes scans with what they did to operands and outputs
-    insert_quantized_scan,  # after both, which look for a site by its argument of the scan
 )
 QUANTIZE: tuple[Pass, ...] = (
     *INSERT,  # from here on the graph computes in floating point what it will in integers

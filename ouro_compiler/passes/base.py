@@ -7,7 +7,7 @@ fresh meta["val"], the invariants and the log are the runner's work, once after 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,14 +32,10 @@ OnPass = Callable[[str, bool, fx.GraphModule], None]
 
 @dataclass(kw_only=True)
 class PassContext:
-    """What passes may read: the configuration, and when quantizing sites and their calibration.
-
-    layers: the node behind each layer's name, for what is quantized a layer and not a site.
-    """
+    """What passes may read: the configuration, and when quantizing sites and their calibration."""
 
     config: QuantConfig = field(default_factory=QuantConfig)
     sites: Sequence[Site] = ()
-    layers: Mapping[str, fx.Node] = field(default_factory=dict)
     calibration: Calibration = field(default_factory=Calibration)
     notes: list[str] = field(default_factory=list)  # for the report; passes add to it
     on_pass: OnPass | None = None  # called after each pass, on the cleaned graph

@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from ouro_compiler.calibration.search import quantize_weight
 from ouro_compiler.graph import (
     OUTPUT,
+    RECURRENCE,
     QWeight,
     Site,
     UniformParams,
@@ -50,7 +51,8 @@ def insert_fake_quantize(gm: fx.GraphModule, ctx: PassContext) -> bool:
     for site in ctx.sites:
         params = ctx.calibration.sites[site.name]
         done = site.node.meta.get("ouro_sites", frozenset())
-        if not isinstance(params, UniformParams) or site.index in done:
+        inside = site.index in RECURRENCE  # quantize_recurrence's
+        if not isinstance(params, UniformParams) or inside or site.index in done:
             continue
         inserter.quantize_activation(site, params)
         if not site.node.meta.get("ouro_weight"):

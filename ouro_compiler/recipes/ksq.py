@@ -13,6 +13,7 @@ quantized once, behind it. Everything is simulated. Published for 8-bit weights 
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Literal
 
 import torch
@@ -20,7 +21,11 @@ from torch import fx
 
 from ouro_compiler.config import QuantConfig
 from ouro_compiler.graph import (
+    GATE,
     OUTPUT,
+    READOUT,
+    STATE,
+    STEP,
     Site,
     all_arguments,
     argument,
@@ -93,7 +98,14 @@ def _plan_scan(layer: Layer) -> Chosen:
         return row, []
     row = _simulated(layer, row, _SCAN)
     row.weight_bits = None
-    return row, []
+    around = [("step", STEP), ("state", STATE), ("readout", READOUT), ("gate", GATE)]
+    gated = all_arguments(layer.node)[6] is not None
+    found = _site(layer, "tensor")
+    return row, [
+        dataclasses.replace(found, name=name, index=index, kind="ssm", asymmetric=index != STATE)
+        for name, index in around
+        if gated or index != GATE
+    ]
 
 
 def _simulated(layer: Layer, row: Any, reason: str) -> Any:

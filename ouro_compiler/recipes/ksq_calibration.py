@@ -26,7 +26,7 @@ from ouro_compiler.calibration.similarity import (
 from ouro_compiler.calibration.state_factors import StateFactors, StateStatistics, no_factors
 from ouro_compiler.calibration.watching import Watch, first_images, watch
 from ouro_compiler.config import QuantConfig
-from ouro_compiler.graph import Calibration, QWeight, ScanParams, Site, UniformParams
+from ouro_compiler.graph import RECURRENCE, Calibration, QWeight, Site, StepParams, UniformParams
 from ouro_compiler.ops.activations import silu
 from ouro_compiler.ops.selective_scan import per_channel
 from ouro_compiler.recipes.planning import Plan
@@ -59,7 +59,7 @@ def calibrate_sites(
             watch(gm, watches, batches, f"calibrating: {stage}", len(images), progress)
     some = first_images(images, SEARCH_IMAGES)
     watch(gm, work.searches(), [some], "calibrating: searching steps", len(some), progress)
-    return Calibration(sites=work.sites, weights=work.weights, scans=work.scans)
+    return Calibration(sites=work.sites, weights=work.weights)
 
 
 class _Magnitudes:
@@ -87,7 +87,7 @@ class _Calibrator:
     def __init__(self, plan: Plan, config: QuantConfig) -> None:
         self.config, self.spec = config, config.ksq
         self.bits = config.activations.inlier_bits
-        self.plan_sites = plan.sites
+        self.plan_sites = [site for site in plan.sites if site.index not in RECURRENCE]
         self.scan_nodes = {
             row.name: plan.nodes[row.name]
             for row in plan.rows
@@ -96,9 +96,8 @@ class _Calibrator:
         self.magnitudes: dict[str, _Magnitudes] = {}
         self.statistics = {layer: StateStatistics() for layer in self.scan_nodes}
         self.factors: dict[str, StateFactors] = {}
-        self.sites: dict[str, UniformParams] = {}
+        self.sites: dict[str, UniformParams | StepParams] = {}
         self.weights: dict[str, QWeight] = {}
-        self.scans: dict[str, ScanParams] = {}
 
     def means(self) -> dict[fx.Node, Watch]:
         """Round 1: magnitudes of every site, and of what surrounds and fills the scans."""
@@ -209,19 +208,19 @@ class _Calibrator:
         pot = self.spec.power_of_two
         output = search_steps(outputs, outputs, tokens, self.bits, power_of_two=pot)
         reparameterized = self.spec.reparameterize
-        self.scans[layer] = ScanParams(
-            bits=self.bits,
-            state_scale=round_to_half(state * factors.time),
-            state_factor=round_to_half(factors.static) if reparameterized else None,
-            output_before_rounding=True,
-            step=self._around(f"{layer}.step", scan.step),
-            output=UniformParams(
-                scale=output.scale.view(1, -1),
-                zero_point=zero_point(self.bits),
-                smooth=factors.channel[:, None] if reparameterized else None,
-            ),
-            gate=None if scan.z is None else self._around(f"{layer}.gate", silu(scan.z.float())),
+        self.sites[f"{layer}.state"] = StepParams(
+            scale=round_to_half(state * factors.time),
+            factor=round_to_half(factors.static) if reparameterized else None,
+            before_rounding=True,
         )
+        self.sites[f"{layer}.readout"] = UniformParams(
+            scale=output.scale.view(1, -1),
+            zero_point=zero_point(self.bits),
+            smooth=factors.channel[:, None] if reparameterized else None,
+        )
+        self.sites[f"{layer}.step"] = self._around(f"{layer}.step", scan.step)
+        if scan.z is not None:
+            self.sites[f"{layer}.gate"] = self._around(f"{layer}.gate", silu(scan.z.float()))
 
     def _around(self, name: str, x: Tensor) -> UniformParams:
         """By channels of x (B, D, L), with free ratios."""

@@ -21,7 +21,7 @@ from torch import Tensor, fx
 
 from ouro_compiler.calibration.calibrate import Progress, observe_sites
 from ouro_compiler.calibration.clusters import contiguous_groups, kmeans
-from ouro_compiler.calibration.coordinate_search import search_linear, search_scales
+from ouro_compiler.calibration.coordinate_search import Scales, search_linear, search_scales
 from ouro_compiler.calibration.decay import DecayCode, fit_decay
 from ouro_compiler.calibration.images import Images
 from ouro_compiler.calibration.scan_states import ScanInputs, ScanObserver, quantized_scan
@@ -29,18 +29,22 @@ from ouro_compiler.calibration.search import weight_scale
 from ouro_compiler.calibration.watching import Watch, first_images, watch
 from ouro_compiler.config import QuantConfig
 from ouro_compiler.graph import (
+    DECAY,
+    INPUT,
+    RECURRENCE,
+    STATE,
     Calibration,
     QParams,
     QWeight,
-    ScanParams,
     Site,
+    SiteParams,
+    StepParams,
     UniformParams,
     aten,
     is_op,
 )
 from ouro_compiler.ops.fake_quantize import fake_quantize_ref
 from ouro_compiler.recipes.planning import (
-    SCAN,
     Chosen,
     Layer,
     Plan,
@@ -86,7 +90,11 @@ def _plan_scan(layer: Layer) -> Chosen:
         return row, []
     row = _simulated(layer, row, _SCAN)
     row.weight_bits = None  # A is coded as exp(Delta A)
-    return row, [_site(layer, "u", "ssm")]
+    inside = [
+        _site(layer, name, "ssm", index)
+        for name, index in (("decay", DECAY), ("input", INPUT), ("state", STATE))
+    ]
+    return row, [_site(layer, "u", "ssm"), *inside]
 
 
 def _simulated(layer: Layer, row: Any, reason: str) -> Any:
@@ -96,17 +104,17 @@ def _simulated(layer: Layer, row: Any, reason: str) -> Any:
     return row
 
 
-def _site(layer: Layer, name: str, kind: str) -> Site:
+def _site(layer: Layer, name: str, kind: str, index: int = 0) -> Site:
     return Site(
         name=name,
         node=layer.node,
-        index=0,
+        index=index,
         bits=layer.config.activations.inlier_bits,
         kind=kind,
         layer=layer.name,
         transpose=kind == "ssm",
         reverse=layer.reverse,
-        asymmetric=True,
+        asymmetric=index == 0,
         split=False,
     )
 
@@ -122,9 +130,9 @@ def calibrate_sites(
 ) -> Calibration:
     """Clipping search over all images, then the coordinate search; METHODS 7.4."""
     spec = dataclasses.replace(config.activations, inlier_scale="per_tensor", outliers="none")
-    found = observe_sites(
-        gm, plan.sites, spec, lambda: images.batches(batch_size), len(images), progress
-    )
+    outside = [site for site in plan.sites if site.index not in RECURRENCE]
+    source = partial(images.batches, batch_size)
+    found = observe_sites(gm, outside, spec, source, len(images), progress)
     start = {name: _per_tensor(one.qparams()) for name, one in found.items()}
     searched = _Search(plan, config, start)
     searched.observe(gm, images, batch_size, progress)
@@ -133,10 +141,11 @@ def calibrate_sites(
     for row in plan.rows:
         if row.name in searched.decays:
             row.reason = f"{_SCAN}; {_shown(searched.decays[row.name])}"
-    return Calibration(sites=searched.sites, weights=searched.weights, scans=searched.scans)
+    return Calibration(sites={**searched.tensors, **searched.inside}, weights=searched.weights)
 
 
-def _per_tensor(params: QParams) -> UniformParams:
+def _per_tensor(params: SiteParams) -> UniformParams:
+    assert isinstance(params, QParams)
     zero_point = params.zero_point
     return UniformParams(
         scale=params.scale[:1].clone(),
@@ -159,12 +168,12 @@ class _Search:
     """The parameters of every layer: at first by ranges, then by the error of its output."""
 
     def __init__(self, plan: Plan, config: QuantConfig, start: dict[str, UniformParams]) -> None:
-        self.plan, self.config, self.sites = plan, config, dict(start)
+        self.plan, self.config, self.tensors = plan, config, dict(start)
         self.bits, self.rounds = config.activations.inlier_bits, config.qmamba.search_rounds
         self.weights: dict[str, QWeight] = {}
-        self.scans: dict[str, ScanParams] = {}
+        self.inside: dict[str, StepParams] = {}
         self.decays: dict[str, DecayCode] = {}
-        scans = [site for site in plan.sites if is_op(site.node, SCAN)]
+        scans = [site for site in plan.sites if site.index == STATE]
         self.observers = {site.layer: ScanObserver(config.seed) for site in scans}
         self.reverse = {site.layer: site.reverse for site in scans}
 
@@ -197,6 +206,8 @@ class _Search:
         """What to do when a layer of the plan has run on the images of the search."""
         found: dict[fx.Node, Watch] = {}
         for site in self.plan.sites:
+            if site.index in RECURRENCE:
+                continue
             search = self._linear if is_op(site.node, aten.linear.default) else self._scan
             found[site.node] = partial(search, site)
         return found
@@ -205,10 +216,10 @@ class _Search:
         del value
         x, weight = arguments[:2]
         bits = self.config.weights.bits
-        self.sites[site.name], self.weights[site.layer] = search_linear(
+        self.tensors[site.name], self.weights[site.layer] = search_linear(
             x,
             weight,
-            self.sites[site.name],
+            self.tensors[site.name],
             weight_scale(weight, bits),
             bits=self.bits,
             weight_bits=bits,
@@ -217,7 +228,7 @@ class _Search:
 
     def _scan(self, site: Site, arguments: list[Any], value: Tensor) -> None:
         scan, observer, layer = ScanInputs.of(arguments), self.observers[site.layer], site.layer
-        spec, activation = self.config.qmamba, self.sites[site.name]
+        spec, activation = self.config.qmamba, self.tensors[site.name]
         code = fit_decay(
             observer.decay_sample(),
             observer.least_decay,
@@ -232,23 +243,21 @@ class _Search:
         elif spec.decay == "calibrated":
             start["decay"] = torch.tensor([code.limit])
 
-        def params(scales: dict[str, Tensor]) -> ScanParams:
-            logarithmic = code.scale is None
-            limit = float(scales["decay"]) if logarithmic and "decay" in scales else code.limit
-            return ScanParams(
-                bits=self.bits,
-                decay_scale=None if logarithmic else scales["decay"],
-                decay_limit=limit if logarithmic else 0.0,
-                decay_steps=code.steps,
-                input_scale=scales["input"],
-                state_scale=scales["state"],
-            )
+        def inside(scales: Scales) -> dict[int, StepParams]:
+            decay = scales.get("decay", torch.tensor([code.limit]))
+            return {
+                DECAY: StepParams(scale=decay, steps=code.steps),
+                INPUT: StepParams(scale=scales["input"]),
+                STATE: StepParams(scale=scales["state"]),
+            }
 
-        def error(scales: dict[str, Tensor]) -> float:
+        def error(scales: Scales) -> float:
             u = fake_quantize_ref(scan.u, scales["u"], activation.zero_point, self.bits)
-            made = quantized_scan(dataclasses.replace(scan, u=u), params(scales))
+            made = quantized_scan(dataclasses.replace(scan, u=u), inside(scales), self.bits)
             return float((made - value).double().square().mean())
 
         best = search_scales(start, error, self.rounds)
-        self.sites[site.name] = dataclasses.replace(activation, scale=best["u"])
-        self.scans[layer], self.decays[layer] = params(best), code
+        self.tensors[site.name] = dataclasses.replace(activation, scale=best["u"])
+        self.decays[layer] = code
+        for index, name in ((DECAY, "decay"), (INPUT, "input"), (STATE, "state")):
+            self.inside[f"{layer}.{name}"] = inside(best)[index]
