@@ -105,7 +105,7 @@ def _oracle(
     return listed, float(closest)
 
 
-@settings(REPEATABLE, max_examples=150)
+@settings(REPEATABLE, max_examples=80)
 @given(
     seed=st.integers(0, 9999),
     shape=st.tuples(st.integers(1, 3), st.integers(1, 13), st.integers(2, 7)),
@@ -330,13 +330,14 @@ def test_refusals(changed: dict[str, Any], sentence: str) -> None:
         variant(*args, values["rule"], values["trigger"], 3.0)
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("period", [3, 300])
+@pytest.mark.parametrize(
+    ("rule", "period"), [("static", 300), ("dynamic_full", 3), ("dynamic_residual", 3)]
+)
 def test_opcheck(rule: str, period: int) -> None:
-    x, scale = _heavy(10, 2, 260 if period == 300 else 9, 5), torch.full((9,), 0.25)
+    x = _heavy(10, 2, 260 if period == 300 else 9, 5)
     scale = torch.full((x.shape[1],), 0.25)
     threshold = 5 * scale if rule == "static" else None
     static = (4, 8, period, True, rule, "always", 3.0)
-    assert_opcheck(variant, (x, scale, None, threshold, *static))
     strided = x.transpose(1, 2).contiguous().transpose(1, 2)
-    assert_opcheck(variant, (strided, scale, torch.full_like(scale, 7.0), threshold, *static))
+    zero = torch.full_like(scale, 7.0) if rule == "static" else None
+    assert_opcheck(variant, (strided, scale, zero, threshold, *static))

@@ -107,7 +107,6 @@ def _rules(threshold: str, trigger: str, *more: str) -> QuantConfig:
 @pytest.mark.parametrize(
     ("threshold", "trigger", "variants"),
     [
-        ("static_t", "gated", 0),
         ("scalar", "gated", 0),
         ("static_t", "always", 0),
         ("static_t", "global_any", 3),
@@ -185,7 +184,7 @@ def test_integer_products_read_the_variants_codes() -> None:
     assert shares["into.input"] != default.report["sites"][0]["outlier_share"]
 
 
-@pytest.mark.parametrize("threshold", ["static_t", "scalar", "dynamic_full", "dynamic_residual"])
+@pytest.mark.parametrize("threshold", ["static_t", "dynamic_full", "dynamic_residual"])
 def test_codes_of_whole_graphs_do_not_depend_on_the_batch(threshold: str) -> None:
     """T5 where the quantizers stand, for every quantizer of the graph."""
     config = _rules(threshold, "always")
