@@ -52,6 +52,7 @@ template <bool LISTED, bool BIAS>
 static inline void finish_panel(const Epilogue& e, const Sums& sums, int64_t row, int64_t first) {
     const float *scale = e.scale + first, *bias = BIAS ? e.bias + first : nullptr;
     const int32_t *inliers = sums.inliers, *outliers = sums.outliers;
+    const float* kept = sums.kept;
     const vec inlier_scale = all(sums.inlier_scale), outlier_scale = all(sums.outlier_scale);
     const ivec shift = ivec{} + sums.shift, listed_shift = ivec{} + sums.listed_shift;
     stored<DTYPE_Y>* y = e.y + row * e.outputs + first;
@@ -60,19 +61,20 @@ static inline void finish_panel(const Epilogue& e, const Sums& sums, int64_t row
         ivec acc;
         memcpy(&acc, inliers + o, sizeof acc);
         vec value = __builtin_convertvector(acc - shift, vec) * inlier_scale;
-        if (LISTED) {
+        if (LISTED && !FLOAT_OUTLIERS) {
             memcpy(&acc, outliers + o, sizeof acc);
             value += __builtin_convertvector(acc - listed_shift, vec) * outlier_scale;
         }
         value *= load<FP32>(scale + o);
+        if (LISTED && FLOAT_OUTLIERS) value += load<FP32>(kept + o) * load<FP32>(scale + o);
         if (BIAS) value += load<FP32>(bias + o);
         store<DTYPE_Y>(y + o, value);
     }
 }
 
 static inline void finish(const Epilogue& e, const Sums& sums, int64_t row, int64_t first) {
-    if (first + PANEL <= e.outputs && !FLOAT_OUTLIERS && !e.activation && !e.residual) {
-        if (sums.outliers) e.bias ? finish_panel<true, true>(e, sums, row, first) : finish_panel<true, false>(e, sums, row, first);
+    if (first + PANEL <= e.outputs && !e.activation && !e.residual) {
+        if (FLOAT_OUTLIERS ? (bool)sums.kept : (bool)sums.outliers) e.bias ? finish_panel<true, true>(e, sums, row, first) : finish_panel<true, false>(e, sums, row, first);
         else e.bias ? finish_panel<false, true>(e, sums, row, first) : finish_panel<false, false>(e, sums, row, first);
         return;
     }

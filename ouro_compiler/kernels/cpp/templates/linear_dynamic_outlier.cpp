@@ -134,20 +134,19 @@ typedef uint8_t bytes16 __attribute__((vector_size(16)));
 typedef uint16_t words16 __attribute__((vector_size(32)));
 typedef uint32_t pairs16 __attribute__((vector_size(64)));
 
-// Both codes of a pair for 16 outputs, to be stored `to` that pair's place in a panel.
+// Both codes of a byte of packed weights, plus 8, of 16 outputs.
+static inline pairs16 codes_of(const uint8_t* packed) {
+    bytes16 b;
+    memcpy(&b, packed, 16);
+    const words16 w = __builtin_convertvector(b, words16);
+    return __builtin_convertvector(((w | w << 4) & 0x0f0f) ^ 0x0808, pairs16);
+}
+
+// Both codes of pair p for 16 outputs, to be stored `to` that pair's place in a panel.
 static inline void store_pair(const uint8_t* low, const uint8_t* high, weight_t* to) {
-    if constexpr (PACKED && KIND == BYTES) {
-        words16 w;
-        bytes16 b;
-        memcpy(&b, low, 16);
-        w = __builtin_convertvector(b, words16);
-        w = ((w | w << 4) & 0x0f0f) ^ 0x0808;
-        memcpy(to, &w, sizeof w);
-    } else {
-        for (int i = 0; i < 16; i++) {
-            to[i * GROUP] = PACKED ? weight_t(((low[i] & 15) ^ 8) - 8 + OFFSET) : weight_t(int8_t(low[i]) + OFFSET);
-            to[i * GROUP + 1] = PACKED ? weight_t(((low[i] >> 4) ^ 8) - 8 + OFFSET) : weight_t(int8_t(high[i]) + OFFSET);
-        }
+    for (int i = 0; i < 16; i++) {
+        to[i * GROUP] = PACKED ? weight_t(((low[i] & 15) ^ 8) - 8 + OFFSET) : weight_t(int8_t(low[i]) + OFFSET);
+        to[i * GROUP + 1] = PACKED ? weight_t(((low[i] >> 4) ^ 8) - 8 + OFFSET) : weight_t(int8_t(high[i]) + OFFSET);
     }
 }
 
@@ -174,6 +173,13 @@ static void unpack(const void* qweight, const Shape& s, int64_t first, weight_t*
             };
             take(low, pair);
             if (!PACKED) take(high, pair + s.half);
+            if constexpr (PACKED && GROUP == 4 && OFFSET == 8) {  // a whole group at a time
+                for (int p = 0; p < 16 && pair + p < s.groups * PAIRS; p += 2) {
+                    const pairs16 group = codes_of(low[p]) | codes_of(low[p + 1]) << 16;
+                    memcpy(panel + ((pair + p) / PAIRS * PANEL + o) * GROUP, &group, sizeof group);
+                }
+                continue;
+            }
             for (int p = 0; p < 16 && pair + p < s.groups * PAIRS; p++)
                 store_pair(low[p], high[p], panel + ((pair + p) / PAIRS * PANEL + o) * GROUP + (pair + p) % PAIRS * 2);
         }
@@ -305,12 +311,12 @@ extern "C" void linear_dynamic_outlier(
                     alignas(64) float kept[ROWS * PANEL];
                     const code_t *in[ROWS], *out[ROWS];
                     const float* floats_of[ROWS];
-                    for (int r = 0; r < ROWS; r++) {
-                        const int64_t row = begin + std::min(i + r, count - 1);
-                        in[r] = parted.inliers.get() + row * s.row;
-                        out[r] = parted.outliers.get() + row * s.row;
-                        floats_of[r] = parted.kept.get() + row * columns;
-                    }
+                    auto point = [&](auto& to, const auto* from, int64_t stride) {
+                        for (int r = 0; r < ROWS; r++) to[r] = from + (begin + std::min(i + r, count - 1)) * stride;
+                    };
+                    point(in, parted.inliers.get(), s.row);
+                    if (FLOAT_OUTLIERS && found) point(floats_of, parted.kept.get(), columns);
+                    else if (found) point(out, parted.outliers.get(), s.row);
                     product(in, panel.get(), s.groups, exact, outputs - first, acc);
                     if (FLOAT_OUTLIERS && found)
                         product_of_floats(listed_floats.get(), found, floats_of, kept);
