@@ -55,18 +55,21 @@ def calibrated(
     ids=["w4a4", "w4a8", "static", "plain", "pooled"],
 )
 def test_it_equals_the_inserted_graph_exactly(config: QuantConfig) -> None:
-    gm, plan, found = calibrated(small_vim(2), images(), config)
+    gm, plan, found = calibrated(small_vim(), images(), config)
     x = images(8, seed=3)
     made = simulated(Simulation(gm, plan.sites, found, config))(x)
     assert torch.equal(made, inserted(gm, found, config)(x))
     assert not torch.equal(made, gm(x))
 
 
-@pytest.mark.parametrize("name", ["vmamba_digits", "mambavision_digits"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("name", [pytest.param("vmamba_digits", marks=SLOW), "mambavision_digits"])
 def test_it_equals_the_inserted_graph_of_other_families(name: str) -> None:
     loaded = load_model(EXAMPLES / f"{name}.safetensors")
-    gm, plan, found = calibrated(loaded.module, images(8), ouro.W4A4)
-    x = images(4, seed=3)
+    gm, plan, found = calibrated(loaded.module, images(4), ouro.W4A4)
+    x = images(2, seed=3)
     made = simulated(Simulation(gm, plan.sites, found, ouro.W4A4))(x)
     assert torch.equal(made, inserted(gm, found, ouro.W4A4)(x))
 
@@ -97,7 +100,7 @@ def test_it_equals_the_inserted_graph_of_uniform_quantizers() -> None:
     from ouro_compiler.graph import QWeight
 
     config = changed(ouro.W4A4, ssm="none")
-    gm, plan, found = calibrated(small_vim(2), images(), config)
+    gm, plan, found = calibrated(small_vim(), images(), config)
     found = with_uniform_params(gm, plan, found)
     weights = {}
     for site in plan.sites:
@@ -238,9 +241,10 @@ def test_blocks_are_intervals_that_cover_the_graph() -> None:
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        (
+        pytest.param(
             "vmamba_digits",
             "layers.0.blocks.0 layers.0.blocks.1 layers.1.blocks.0 layers.1.blocks.1",
+            marks=SLOW,
         ),
         (
             "mambavision_digits",
