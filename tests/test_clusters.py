@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -26,7 +26,7 @@ def least_spread(values: Tensor, count: int) -> float:
     return min(spread(values, torch.tensor(one)) for one in labels)
 
 
-@REPEATABLE
+@settings(REPEATABLE, max_examples=25)
 @given(
     st.lists(st.integers(-40, 40).map(lambda n: n / 8), min_size=1, max_size=5),
     st.integers(1, 3),

@@ -174,10 +174,12 @@ def test_batch_invariance() -> None:
     assert_batch_invariant_model(compiled_vim(config()))
 
 
+@pytest.mark.slow
 def test_digits_keep_their_class() -> None:
     assert_close_to_floating_point(digits("vim", config()), snr_db=15.0)
 
 
+@pytest.mark.slow
 def test_a_vmamba() -> None:
     """SiLU is a node of its own behind the depthwise convolution: both are rounded."""
     model = compiled_vmamba(config(ouro.W8A8, "ksq.search_rounds=1"))

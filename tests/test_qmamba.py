@@ -281,10 +281,12 @@ def test_a_compiled_model(tmp_path: Path) -> None:
     assert_batch_invariant_model(model)
 
 
+@pytest.mark.slow
 def test_digits_keep_their_class() -> None:
     assert_close_to_floating_point(digits("vim", config()), snr_db=15.0)
 
 
+@pytest.mark.slow
 def test_a_vmamba() -> None:
     """Four scans a block, over two orders of the tokens, forwards and backwards."""
     model = compiled_vmamba(config(ouro.W8A8, "qmamba.search_rounds=1"))
