@@ -24,6 +24,7 @@ from ouro_compiler.evaluation import OutlierCounter, snr_db
 from ouro_compiler.inspection.charts import heat_cells
 from ouro_compiler.inspection.layout import NODE_WIDTH, lay_out
 from ouro_compiler.inspection.network import build_network, fold_network
+from ouro_compiler.inspection.nodes import node_rows
 from ouro_compiler.inspection.packing import pack_stages
 from ouro_compiler.inspection.page import PageContent, render_page
 from ouro_compiler.inspection.probe import Sample, measure, time_nodes
@@ -199,6 +200,32 @@ def test_errors_are_of_the_layers_outputs() -> None:
     rows = {row["name"] for row in model.report["layers"]["rows"]}
     assert sample().snr_db.keys() == rows
     assert measure(model.graph_module, [images(2)]).snr_db == {}
+
+
+@pytest.mark.parametrize("zero", [None, 3.0])
+def test_simulated_quantizers_are_counted_too(zero: float | None) -> None:
+    """`fake_quantize` stores no codes: they are counted as it would have stored them."""
+    owner = torch.nn.Module()
+    owner.add_module("layer", torch.nn.Module())
+    owner.layer.register_buffer("scale", torch.tensor([0.5], dtype=torch.float16))
+    owner.layer.register_buffer("zero", torch.tensor([zero or 0.0]))
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    stored = graph.get_attr("layer.scale")
+    scale = graph.call_function(torch.ops.aten.to.dtype, (stored, torch.float32))
+    given = None if zero is None else graph.get_attr("layer.zero")
+    op = torch.ops.ouro.fake_quantize.default
+    graph.output(graph.call_function(op, (x, scale, given, 4)))
+    gm = torch.fx.GraphModule(owner, graph)
+    row = node_rows(gm)[-1]
+    assert (row["site"], row["bits"], row["outlier_share"]) == ("layer", 4, None)
+    values = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(1))
+    found = measure(gm, [values]).sites["layer"]
+    codes = np.round(values.numpy().astype(np.float64) / 0.5)
+    codes = np.clip(codes, -7, 7) if zero is None else np.clip(codes + zero, 0, 15) - 8
+    wanted = np.bincount((codes + 128).astype(int).ravel(), minlength=256)
+    assert found.inliers.tolist() == wanted.tolist()
+    assert (found.listed, int(found.outliers.sum())) == (None, 0)
 
 
 def test_heat_cells_keep_what_is_rare() -> None:

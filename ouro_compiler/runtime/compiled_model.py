@@ -26,7 +26,6 @@ class CompiledModel(nn.Module):
     def __init__(self, program: torch.export.ExportedProgram, manifest: Mapping[str, Any]) -> None:
         super().__init__()
         self.program, self.manifest = program, dict(manifest)
-        self.manifest["report"] = ReportView(self.manifest["report"])
         self.seconds: dict[str, float] = {}  # what compiling took, by stage; not stored
         self.full_report: dict[str, Any] = {}  # with times and the search for bits; not stored
         module = program.module(check_guards=False)
@@ -80,7 +79,10 @@ class CompiledModel(nn.Module):
 
         A dictionary that also shows itself: `rich.print`, notebooks, `table("layers")`.
         """
-        return self.manifest["report"]
+        found = self.manifest["report"]
+        if not isinstance(found, ReportView):
+            found = self.manifest["report"] = ReportView(found)
+        return found
 
     @property
     def target(self) -> Target:
