@@ -1,8 +1,9 @@
 """Suite "onnx": the digits models as ONNX files, in floating point, W4A4 and W8A8.
 
 Columns: opset, nodes, Scan nodes and integer products of the file, its size, how far ONNX Runtime
-is from ours on held-out digits, and milliseconds of one image in both, in turns: the median, and the
-fastest in brackets; in floating point ours is the normalised graph. The three trained examples, and a ViT with random weights. Calibrated on the training images of the examples.
+is from ours on held-out digits, and milliseconds of one image in both, in turns: the median, and
+the fastest in brackets; in floating point ours is the normalised graph. The three trained examples,
+and a ViT with random weights. Calibrated on the training images of the examples.
 """
 
 from __future__ import annotations
