@@ -23,7 +23,7 @@ TESTED = 100
 def held_out(tmp_path: Path) -> Path:
     """Some of the example's test images."""
     found = np.load(EXAMPLES / "digits_test.npz")
-    path = tmp_path / "test.npz"
+    path = tmp_path / "digits.npz"
     np.savez(path, images=found["images"][:TESTED], labels=found["labels"][:TESTED])
     return path
 
