@@ -54,6 +54,16 @@ def test_fixed_lists_are_on_the_tape() -> None:
         assert torch.equal(model(batch), by_graph(model, batch)), seed
 
 
+def test_a_tape_made_before_its_kernels_were_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their self-tests run on real tensors, although the tape records on fake ones."""
+    model = compiled("w4a4")
+    folded = fold_constants(model.graph_module)
+    monkeypatch.setattr(cpp_launch, "_functions", {})
+    batch = images(2, seed=7)
+    with torch.no_grad():
+        assert torch.equal(Tape(folded, batch)(batch), by_graph(model, batch))
+
+
 def test_outputs_are_the_callers_own() -> None:
     """They stay as they are when the model runs again, and may be used under autograd."""
     model = compiled("w4a4")

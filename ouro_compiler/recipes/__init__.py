@@ -6,7 +6,7 @@ from functools import partial
 
 from ouro_compiler.errors import UsageError
 from ouro_compiler.recipes import ksq, ouromamba, ptq4vm, qmamba, quamba
-from ouro_compiler.recipes.base import Recipe, refuse_layer_bits, without_outliers
+from ouro_compiler.recipes.base import Recipe, plain, without_outliers
 
 _ALL = (
     Recipe(
@@ -45,14 +45,14 @@ _ALL = (
         summary="log-coded decays, states scaled by groups of time steps (simulated)",
         plan=qmamba.plan,
         calibrate=qmamba.calibrate_sites,
-        configure=partial(refuse_layer_bits, recipe="qmamba"),
+        configure=partial(plain, recipe="qmamba"),
     ),
     Recipe(
         name="ksq",
         summary="outputs scaled by clusters, reparameterized states (simulated)",
         plan=ksq.plan,
         calibrate=ksq.calibrate_sites,
-        configure=partial(refuse_layer_bits, recipe="ksq"),
+        configure=partial(plain, recipe="ksq"),
     ),
 )
 RECIPES: dict[str, Recipe] = {one.name: one for one in _ALL}

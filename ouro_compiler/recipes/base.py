@@ -73,3 +73,8 @@ def refuse_layer_bits(config: QuantConfig, recipe: str) -> QuantConfig:
     if config.overrides:
         raise UsageError(f"recipe {recipe} has one width for all layers: overrides do not apply")
     return config
+
+
+def plain(config: QuantConfig, recipe: str) -> QuantConfig:
+    """For methods with one width for all layers and no outliers. Raises UsageError as those two."""
+    return without_outliers(refuse_layer_bits(config, recipe), recipe)

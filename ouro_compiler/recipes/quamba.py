@@ -40,7 +40,7 @@ from ouro_compiler.graph import (
     walk_back,
 )
 from ouro_compiler.ops.quantize import MIN_SCALE, quantize_symmetric, symmetric_max
-from ouro_compiler.recipes.base import refuse_layer_bits, without_outliers
+from ouro_compiler.recipes.base import plain
 from ouro_compiler.recipes.planning import (
     SCAN,
     Chosen,
@@ -68,7 +68,7 @@ _OPERANDS = ((0, "u"), (1, "delta"), (3, "B"), (4, "C"), (6, "z"))
 
 def configure(config: QuantConfig) -> QuantConfig:
     """One scale a tensor, no outliers."""
-    found = without_outliers(refuse_layer_bits(config, "quamba"), "quamba")
+    found = plain(config, "quamba")
     spec = dataclasses.replace(found.activations, inlier_scale="per_tensor")
     return dataclasses.replace(found, activations=spec)
 

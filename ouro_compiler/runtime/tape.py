@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils import _pytree as pytree
 
 from ouro_compiler.kernels.cpp.launch import Function, load_function, words
@@ -188,8 +188,9 @@ class _Recorder(fx.Interpreter):
         if recording.copies:
             return None
         try:
-            for launch in recording.launches:
-                load_function(launch.spec)
+            with unset_fake_temporarily():  # a kernel's self-test at its first use runs it
+                for launch in recording.launches:
+                    load_function(launch.spec)
         except BuildError:
             return None
         for launch in recording.launches:
