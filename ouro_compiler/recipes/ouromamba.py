@@ -15,7 +15,7 @@ from torch import fx
 
 from ouro_compiler.calibration.calibrate import Progress, calibrate
 from ouro_compiler.calibration.images import Images
-from ouro_compiler.config import QuantConfig
+from ouro_compiler.config import DynamicOutlierSpec, QuantConfig
 from ouro_compiler.graph import DECAY, INPUT, OUTPUT, STATE, Calibration, Site, all_arguments
 from ouro_compiler.recipes.base import refuse_outlier_rules
 from ouro_compiler.recipes.planning import (
@@ -109,9 +109,18 @@ def _plan_scan(layer: Layer) -> Chosen:
         for index, operand in ((1, "delta"), (3, "B"), (4, "C"))
     ]
     if layer.config.ssm == "full":
-        row.reason = _FULL
+        row.reason = _FULL + _lists_inside(spec)
         sites += _full_sites(layer)
     return row, sites
+
+
+def _lists_inside(spec: DynamicOutlierSpec) -> str:
+    """What settings of outlier lists mean inside the recurrence, where it is something else."""
+    if spec.outliers == "static":
+        return "; no channel is listed inside it, where a fixed list has no meaning"
+    if spec.outliers == "dynamic" and (spec.threshold, spec.trigger) != ("static_t", "gated"):
+        return "; inside it lists go by calibrated thresholds per time step, whatever the settings"
+    return ""
 
 
 def _full_sites(layer: Layer) -> list[Site]:

@@ -187,3 +187,18 @@ def test_a_sample_does_not_depend_on_its_batch() -> None:
     together = gm(x)
     for index in range(7):
         assert torch.equal(gm(x[index : index + 1])[0], together[index])
+
+
+def test_rows_say_which_settings_do_not_reach_the_recurrence() -> None:
+    gm = capture(small_vim(), images(2))
+    run_passes(gm, NORMALIZE, PassContext(config=FULL))
+    for setting, sentence in (
+        ("activations.outliers=dynamic", "on dequantized values"),
+        ("activations.outliers=static", "where a fixed list has no meaning"),
+        ("activations.trigger=always", "whatever the settings"),
+    ):
+        config = FULL.with_setting(setting)
+        rows = find_recipe(config.recipe).plan(gm, config).rows
+        reasons = [row.reason for row in rows if row.kind == "scan"]
+        assert len(reasons) == 2
+        assert all(reason is not None and reason.endswith(sentence) for reason in reasons)
