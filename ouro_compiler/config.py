@@ -164,7 +164,7 @@ def _with(config: T, path: list[str], value: str, full: str) -> T:
         )
     elif len(path) > 1:
         raise UsageError(f"there is no setting {full}: {path[0]} is a single value")
-    elif typing.get_origin(kind) is tuple and kind != tuple[str, ...]:
+    elif any(map(dataclasses.is_dataclass, typing.get_args(kind))):
         raise UsageError(f"{full} cannot be set as text: use --replay, or the Python interface")
     else:
         after = _parsed(kind, value, full)

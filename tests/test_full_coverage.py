@@ -28,6 +28,7 @@ def held_out(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("preset", "accuracy", "decibels"), [("w8a8", 0.96, 24), ("w4a4", 0.9, 8)])
 def test_digits(
     preset: str,

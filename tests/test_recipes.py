@@ -71,10 +71,10 @@ def test_every_layer_has_a_row_and_every_exception_a_reason(name: str) -> None:
         if row.status == "skipped":
             assert (row.weight_bits, row.activation_bits) == (None, None)
         else:
-            assert (row.weight_bits, row.activation_bits) == (4, 4)
-    assert {site.layer for site in plan.sites} <= {
-        row.name for row in plan.rows if row.status != "skipped"
-    }
+            keeps = row.kind == "scan" and name in ("qmamba", "ksq")  # A and D are not quantized
+            assert (row.weight_bits, row.activation_bits) == (None if keeps else 4, 4)
+    layers = {site.layer for site in plan.sites if site.kind != "activation"}  # norms have no row
+    assert layers <= {row.name for row in plan.rows if row.status != "skipped"}
 
 
 def test_rtn_is_ouromamba_without_outliers() -> None:

@@ -24,7 +24,6 @@ _SCALED = {
     "ouro.dequantize_weight": "weight_scale",
     "ouro.fake_quantize": "scale",
 }
-_FAKE_QUANTIZE = torch.ops.ouro.fake_quantize.default
 
 
 def node_rows(
@@ -82,14 +81,7 @@ def _quantization(
     if is_op(node, *QUANTIZERS, _FAKE_QUANTIZE):
         found["site"] = site_of(node)
         found["outlier_share"] = shares.get(found["site"])
-    if is_op(node, _FAKE_QUANTIZE):
-        found["site"] = node.meta.get("ouro_site") or _uniform_site(node)
     return found
-
-
-def _uniform_site(node: fx.Node) -> str:
-    """The site of a simulated quantizer, from the name of its scale."""
-    return str(argument(node, "scale").target).removesuffix(".activation_scale")
 
 
 def _kernel(op: str) -> str:
@@ -106,7 +98,7 @@ def site_of(node: fx.Node) -> str:
     scale = argument(node, "scale")
     while scale.op == "call_function":  # a cast of what is stored
         scale = scale.args[0]
-    return str(scale.target).removesuffix(".scale")
+    return str(scale.target).rpartition(".")[0]
 
 
 def dtype_of(value: Any) -> str | None:
