@@ -186,34 +186,24 @@ static void unpack(const void* qweight, const Shape& s, int64_t first, weight_t*
     }
 }
 
-// One of the GROUP codes in every lane of a panel's vector, alone and in the lowest place.
-static inline bits_vec pick(bits_vec from, int place) {
-    constexpr int BITS = 8 * sizeof(weight_t);
-    const bits_vec mask = bits_vec{} + bits_t((1ull << BITS) - 1);
-    switch (place) {  // shifts by constants: there are none by variables for 16 bits
-        case 0: return from & mask;
-        case 1: return (GROUP == 2 ? from >> BITS : from >> BITS & mask);
-        case 2: return from >> 2 * BITS % (8 * sizeof(bits_t)) & mask;
-        default: return from >> 3 * BITS % (8 * sizeof(bits_t));
-    }
-}
-
 // The panel's columns of listed channels, in groups; missing ones are whatever meets a code of 0.
 static void gather(const Shape& s, const weight_t* panel, const int32_t* list, int32_t count, weight_t* to) {
     constexpr int BITS = 8 * sizeof(weight_t);
-    for (int32_t i = 0; i < count; i += GROUP)
-        for (int v = 0; v < WIDTH; v++) {
-            bits_vec found = {};
+    constexpr bits_t MASK = (1u << BITS) - 1;
+    for (int32_t i = 0; i < count; i += GROUP) {
+        bits_vec found[WIDTH] = {};
+        for (int j = 0; j < GROUP && i + j < count; j++) {
+            const int64_t k = list[i + j], second = k >= s.half, pair = k - second * s.half;
+            const int place = int(2 * (pair % (GROUP / 2)) + second) * BITS;
 #pragma GCC unroll 4
-            for (int j = 0; j < GROUP; j++) {
-                if (i + j >= count) break;
-                const int64_t k = list[i + j], second = k >= s.half, pair = k - second * s.half;
+            for (int v = 0; v < WIDTH; v++) {
                 bits_vec from;
                 memcpy(&from, (const char*)panel + (pair / (GROUP / 2) * WIDTH + v) * VECTOR, VECTOR);
-                found |= pick(from, int(2 * (pair % (GROUP / 2)) + second)) << j * BITS;
+                found[v] |= (from >> place & MASK) << j * BITS;
             }
-            memcpy((char*)to + (i / GROUP * WIDTH + v) * VECTOR, &found, VECTOR);
         }
+        memcpy((char*)to + i / GROUP * WIDTH * VECTOR, found, sizeof found);
+    }
 }
 
 // The same columns as fp32, (count, PANEL).

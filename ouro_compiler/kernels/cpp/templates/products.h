@@ -14,7 +14,7 @@ constexpr int WORDS = 0, BYTES = 1, QUADS = 2;
 constexpr int OFFSET = KIND == WORDS ? 0 : PACKED ? 8 : 128;
 constexpr int VECTOR = LANES * 4;                           // bytes of a vector
 constexpr int GROUP = KIND == WORDS ? 2 : 4;                // codes of a row in one step
-constexpr int WIDTH = LANES >= 8 ? 2 : 4;                   // vectors of a panel
+constexpr int WIDTH = LANES == 16 ? 2 : 4;                  // vectors of a panel, multiplied two at a time
 constexpr int PANEL = LANES * WIDTH;
 constexpr int ROWS = LANES == 16 ? 10 : 5;  // accumulators of a panel's rows fit the registers
 
@@ -113,15 +113,15 @@ static inline lanes_t in_register(lanes_t sum) {
     return sum;
 }
 
-// tile (ROWS, PANEL) = or += groups of ROWS rows of codes times the first vectors of a panel.
+// tile (ROWS, PANEL) = or += groups of ROWS rows of codes times some vectors of a panel, from `vector` on.
 template <bool ADD, int VECTORS>
-static inline void product_of_groups(const code_t* const* rows, const weight_t* panel, int64_t first,
-                                     int64_t last, int32_t* tile) {
+static inline void product_of_groups(const code_t* const* rows, const weight_t* panel, int vector,
+                                     int64_t first, int64_t last, int32_t* tile) {
     lanes_t acc[ROWS][VECTORS] = {};
     for (int64_t g = first; g < last; g++) {
         lanes_t weights[VECTORS];
         for (int v = 0; v < VECTORS; v++)
-            memcpy(&weights[v], (const char*)panel + (g * WIDTH + v) * VECTOR, VECTOR);
+            memcpy(&weights[v], (const char*)panel + (g * WIDTH + vector + v) * VECTOR, VECTOR);
 #pragma GCC unroll 10
         for (int r = 0; r < ROWS; r++) {
             const lanes_t codes = broadcast(rows[r] + g * GROUP);
@@ -133,22 +133,23 @@ static inline void product_of_groups(const code_t* const* rows, const weight_t* 
 #pragma GCC unroll 10
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 2
-        for (int v = 0; v < VECTORS; v++) flush<ADD>(acc[r][v], tile + r * PANEL + v * LANES);
+        for (int v = 0; v < VECTORS; v++) flush<ADD>(acc[r][v], tile + r * PANEL + (vector + v) * LANES);
 }
 
 template <int VECTORS>
-static inline void product_of_vectors(const code_t* const* rows, const weight_t* panel,
+static inline void product_of_vectors(const code_t* const* rows, const weight_t* panel, int vector,
                                       int64_t groups, int64_t exact, int32_t* tile) {
-    product_of_groups<false, VECTORS>(rows, panel, 0, groups < exact ? groups : exact, tile);
+    product_of_groups<false, VECTORS>(rows, panel, vector, 0, groups < exact ? groups : exact, tile);
     for (int64_t first = exact; first < groups; first += exact) {
         const int64_t last = first + exact < groups ? first + exact : groups;
-        product_of_groups<true, VECTORS>(rows, panel, first, last, tile);
+        product_of_groups<true, VECTORS>(rows, panel, vector, first, last, tile);
     }
 }
 
 // tile (ROWS, PANEL) = codes of ROWS rows times a panel's first `outputs` outputs, summed exactly.
 static inline void product(const code_t* const* rows, const weight_t* panel, int64_t groups,
                            int64_t exact, int64_t outputs, int32_t* tile) {
-    if (outputs <= LANES) product_of_vectors<1>(rows, panel, groups, exact, tile);
-    else product_of_vectors<WIDTH>(rows, panel, groups, exact, tile);
+    for (int vector = 0; vector < WIDTH && vector * LANES < outputs; vector += 2)
+        if (outputs <= (vector + 1) * LANES) product_of_vectors<1>(rows, panel, vector, groups, exact, tile);
+        else product_of_vectors<2>(rows, panel, vector, groups, exact, tile);
 }
