@@ -27,6 +27,7 @@ EXPECTED = {
         "the largest error is in layers.",
         "page: ",
     ),
+    "export_onnx.py": ("SNR of ONNX Runtime's logits against ours: ", "same class: 8 of 8"),
     "own_model.py": ("blocks.0.1", "SNR of the logits: "),
     "own_pass.py": (
         "changed by: ['drop_added_zeros']",
