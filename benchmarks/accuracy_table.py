@@ -35,6 +35,7 @@ nothing in this table was measured with this compiler. (QMamba's 80.49 is as pri
 def page(files: Sequence[tuple[str, dict[str, Any]]]) -> str:
     """The whole page. files: names, and what they hold."""
     rows = [row for _, content in files for row in content["rows"]]
+    rows.sort(key=lambda row: part(row, 1))  # models that ran side by side come mixed
     machines = {json.dumps(content["machine"], sort_keys=True) for _, content in files}
     parts = [INTRO.format(files=", ".join(f"`{name}`" for name, _ in files))]
     about = [", ".join(f"{k} {v}" for k, v in json.loads(one).items()) for one in sorted(machines)]
