@@ -67,7 +67,8 @@ class Simulation(fx.Interpreter):
             params = calibration.sites[site.name]
             if isinstance(params, StepParams):
                 raise UsageError(
-                    "scales inside a scan's recurrence cannot be learned: use --ssm none or params"
+                    "scales inside a scan's recurrence cannot be learned, nor bits chosen: use "
+                    "--ssm none, or params with a recipe that quantizes around scans"
                 )
             if site.name not in self.quantizers:
                 self.quantizers[site.name] = SiteQuantizer(
