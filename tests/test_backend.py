@@ -139,14 +139,15 @@ def test_inductor_runs_the_graph_between_our_ops() -> None:
     same_constants(spy.graphs[0], compiled_vim())
 
 
-def test_a_machine_without_a_compiler_is_told_and_runs_eagerly(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_machine_without_a_compiler_is_told_and_runs_eagerly() -> None:
     from torch._inductor import config
 
-    monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
     spy = Spy(small_vim(), options={"inner": "inductor"})
-    with pytest.warns(UserWarning, match=r"ouro: .*needs a C\+\+ compiler"):
+    # monkeypatch would leave the setting deleted for the tests behind this one.
+    with (
+        config.patch({"cpp.cxx": ("no-such-compiler",)}),
+        pytest.warns(UserWarning, match=r"ouro: .*needs a C\+\+ compiler"),
+    ):
         assert torch.equal(spy(images(2)), compiled_vim()(images(2)))
 
 
