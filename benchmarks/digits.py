@@ -3,7 +3,7 @@
     python -m benchmarks.digits [--output benchmarks/results/digits.json]
 
 Calibrated on the 128 training images of examples/digits_calibration.npz, measured on the 1,000
-held-out images of examples/digits_test.npz. About four minutes on two cores.
+held-out images of examples/digits_test.npz. About ten minutes on two cores.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 def measure() -> list[dict[str, Any]]:
-    """One row for each of the 24 configurations."""
+    """One row for each of the 36 configurations."""
     loaded = load_model(EXAMPLES / "vim_digits.safetensors")
     calibration = open_images(EXAMPLES / "digits_calibration.npz", loaded.preprocessing)
     test = open_images(EXAMPLES / "digits_test.npz", loaded.preprocessing)
     rows = []
     for name in ("w8a8", "w4a8", "w6a6", "w4a4"):
-        for ssm in ("none", "params"):
+        for ssm in ("none", "params", "full"):
             for outliers in ("none", "static", "dynamic"):
                 preset = ouro.PRESETS[name]
                 config = dataclasses.replace(

@@ -19,7 +19,8 @@ from ouro_compiler.frontend.capture import capture
 from ouro_compiler.graph import UniformParams, aten, constant_names, is_op
 from ouro_compiler.models.vmamba import VMambaConfig
 from ouro_compiler.recipes import find_recipe
-from ouro_compiler.recipes.quamba import quantize_tensor, reads_scan, rotation_of
+from ouro_compiler.recipes.planning import reads_scan
+from ouro_compiler.recipes.quamba import quantize_tensor, rotation_of
 from tests.helpers import randn
 from tests.models import images, small_vim
 from tests.recipe_graphs import apply, calibrated, compiled, configured

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ouro_compiler.calibration.search import round_to_half
+from ouro_compiler.calibration.search import LOGARITHMIC_STEPS, round_to_half
 
-STEPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # r
 LIMITS = 15  # of s, equally far apart from 0.3 to 1 of the largest 1 - a
 LEAST_DECAY = 2.0**-126  # 1 - a of a state that is never forgotten, as log2 sees it
 
@@ -78,7 +77,7 @@ def fit_logarithmic(decay: Tensor, least: float, bits: int) -> DecayCode:
     for share in torch.linspace(0.3, 1.0, LIMITS, dtype=torch.float64).tolist():
         limit = share * span
         exponent = octaves - torch.log2(torch.tensor(limit, dtype=torch.float64))
-        for steps in STEPS:
+        for steps in LOGARITHMIC_STEPS:
             code = torch.round(-steps * exponent).clamp(0, top)
             error = float((limit * torch.exp2(-code / steps) - delta).square().mean())
             if error < best.error:

@@ -105,7 +105,7 @@ class ScanObserver:
     """Ranges, histograms and a sample of what one scan quantizes (METHODS 7).
 
     Feed every batch to `observe_range`, call `group`, then feed every batch to `observe_histogram`.
-    Memory is that of groups x BINS counts and of the sample, whatever the number of images.
+    Memory is that of groups x BINS counts and of a sample, which grows by SAMPLE numbers a batch.
     """
 
     def __init__(self, seed: int) -> None:

@@ -14,7 +14,7 @@ quantized once, behind it. Everything is simulated. Published for 8-bit weights 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import fx
@@ -32,18 +32,18 @@ from ouro_compiler.graph import (
     aten,
     get_constant,
     is_op,
-    value_of,
 )
 from ouro_compiler.recipes.ksq_calibration import calibrate_sites as calibrate_sites
 from ouro_compiler.recipes.planning import (
     CONVOLUTIONS,
-    SCAN,
     Chosen,
     Layer,
     Plan,
+    is_token_linear,
     layer_name,
     linear_refusal,
     plan_graph,
+    reads_scan,
     scan_refusal,
 )
 
@@ -71,32 +71,33 @@ def plan(gm: fx.GraphModule, config: QuantConfig) -> Plan:
 
 
 def _plan_linear(layer: Layer) -> Chosen:
-    refusal = linear_refusal(layer) if len(_shape(layer.node)) == 3 else None
+    tokens = is_token_linear(layer)
+    refusal = linear_refusal(layer) if tokens else None
     if get_constant(layer.gm, layer.node.args[1]) is None:
         refusal = "its weight is computed at run time"
-    row = layer.selected(refusal)
+    row = layer.selected(refusal, simulated=_LINEAR)
     if row.status == "skipped":
         return row, []
-    tokens = len(_shape(layer.node)) == 3 and _reads_scan(layer.node)
-    return _simulated(layer, row, _LINEAR), [_site(layer, "token" if tokens else "tensor")]
+    by_token = tokens and reads_scan(layer.node)
+    return row, [_site(layer, "token" if by_token else "tensor")]
 
 
 def _plan_conv(layer: Layer) -> Chosen:
     weight = get_constant(layer.gm, layer.node.args[1])
-    row = layer.selected(None if weight is not None else "its weight is computed at run time")
+    refusal = None if weight is not None else "its weight is computed at run time"
+    row = layer.selected(refusal, simulated=_CONVOLUTION)
     if row.status == "skipped":
         return row, []
     scheme: Scheme = "channel" if _is_depthwise(layer.node) else "tensor"
-    return _simulated(layer, row, _CONVOLUTION), [_site(layer, scheme)]
+    return row, [_site(layer, scheme)]
 
 
 def _plan_scan(layer: Layer) -> Chosen:
     if layer.config.ssm == "none":
         return layer.skipped("scans stay in floating point (ssm = none)"), []
-    row = layer.selected(scan_refusal(layer))
+    row = layer.selected(scan_refusal(layer), simulated=_SCAN)
     if row.status == "skipped":
         return row, []
-    row = _simulated(layer, row, _SCAN)
     row.weight_bits = None
     around = [("step", STEP), ("state", STATE), ("readout", READOUT), ("gate", GATE)]
     gated = all_arguments(layer.node)[6] is not None
@@ -106,13 +107,6 @@ def _plan_scan(layer: Layer) -> Chosen:
         for name, index in around
         if gated or index != GATE
     ]
-
-
-def _simulated(layer: Layer, row: Any, reason: str) -> Any:
-    row.status, row.reason = "simulated", reason
-    row.weight_bits = layer.config.weights.bits
-    row.activation_bits = layer.config.activations.inlier_bits
-    return row
 
 
 def _site(layer: Layer, scheme: Scheme) -> Site:
@@ -172,23 +166,3 @@ def _activation(node: fx.Node, name: str, scheme: Scheme, config: QuantConfig) -
 
 def _is_depthwise(node: fx.Node) -> bool:
     return is_op(node, _CAUSAL) or int(argument(node, "groups")) > 1
-
-
-def _reads_scan(linear: fx.Node) -> bool:
-    """Does a scan's result reach a linear through anything but other layers' weights?"""
-    seen: set[fx.Node] = set()
-    open_nodes = [linear.args[0]]
-    while open_nodes:
-        node = open_nodes.pop()
-        if not isinstance(node, fx.Node) or node in seen or node.op != "call_function":
-            continue
-        seen.add(node)
-        if is_op(node, SCAN):
-            return True
-        if not is_op(node, aten.linear.default, *CONVOLUTIONS):
-            open_nodes += node.all_input_nodes
-    return False
-
-
-def _shape(linear: fx.Node) -> Any:
-    return value_of(all_arguments(linear)[0]).shape

@@ -29,6 +29,7 @@ from ouro_compiler.recipes.planning import (
     skip_head,
 )
 
+_PARAMS = "SSM operands are quantized and dequantized around a floating-point scan"
 _FULL = (
     "every operand is quantized where it arises, the recurrence included; its arithmetic is in "
     "floating point, on dequantized values"
@@ -75,7 +76,6 @@ def _plan_linear(layer: Layer) -> Chosen:
     if row.status == "skipped":
         return row, []
     spec = layer.config.activations
-    row.weight_bits, row.activation_bits = layer.config.weights.bits, spec.inlier_bits
     site = Site(
         name="input",
         node=layer.node,
@@ -92,13 +92,12 @@ def _plan_linear(layer: Layer) -> Chosen:
 def _plan_scan(layer: Layer) -> Chosen:
     if layer.config.ssm == "none":
         return layer.skipped("SSM operands stay in floating point (ssm = none)"), []
-    row = layer.selected(scan_refusal(layer))
+    spec, full = layer.config.activations, layer.config.ssm == "full"
+    row = layer.selected(
+        scan_refusal(layer), simulated=_FULL + _lists_inside(spec) if full else _PARAMS
+    )
     if row.status == "skipped":
         return row, []
-    row.status = "simulated"
-    row.reason = "SSM operands are quantized and dequantized around a floating-point scan"
-    spec = layer.config.activations
-    row.weight_bits, row.activation_bits = layer.config.weights.bits, spec.inlier_bits
     sites = [
         dataclasses.replace(
             _scan_site(layer, operand, index),
@@ -108,10 +107,7 @@ def _plan_scan(layer: Layer) -> Chosen:
         )
         for index, operand in ((1, "delta"), (3, "B"), (4, "C"))
     ]
-    if layer.config.ssm == "full":
-        row.reason = _FULL + _lists_inside(spec)
-        sites += _full_sites(layer)
-    return row, sites
+    return row, [*sites, *_full_sites(layer)] if full else sites
 
 
 def _lists_inside(spec: DynamicOutlierSpec) -> str:

@@ -88,16 +88,23 @@ class Layer:
             name=self.name, kind=self.kind, status="skipped", selected=False, reason=reason
         )
 
-    def selected(self, refusal: str | None) -> LayerRow:
-        """The row of a layer that the recipe wants: quantized, or skipped for a refusal."""
+    def selected(self, refusal: str | None, *, simulated: str | None = None) -> LayerRow:
+        """The row of a layer that the recipe wants: skipped for a refusal, else at its bits.
+
+        simulated: how it computes in floating point; None: it runs on integer codes.
+        """
         if not self.config.selects(self.name):
             return self.skipped("excluded by the configuration")
+        if refusal is not None:
+            return dataclasses.replace(self.skipped(refusal), selected=True)
         return LayerRow(
             name=self.name,
             kind=self.kind,
-            status="quantized" if refusal is None else "skipped",
+            status="quantized" if simulated is None else "simulated",
             selected=True,
-            reason=refusal,
+            reason=simulated,
+            weight_bits=self.config.weights.bits,
+            activation_bits=self.config.activations.inlier_bits,
         )
 
 
@@ -207,6 +214,22 @@ def scan_refusal(layer: Layer) -> str | None:
     if not isinstance(value_of(layer.node).shape[2], int):
         return "its number of tokens is dynamic: scales per time step need a fixed length"
     return None
+
+
+def reads_scan(linear: fx.Node) -> bool:
+    """Does a linear read what a scan gives, with no other linear, scan or convolution between?"""
+    seen: set[fx.Node] = set()
+    waiting = [linear.args[0]]
+    while waiting:
+        node = waiting.pop()
+        if not isinstance(node, fx.Node) or node in seen:
+            continue
+        seen.add(node)
+        if is_op(node, SCAN):
+            return True
+        if not is_op(node, aten.linear.default, *CONVOLUTIONS):
+            waiting += node.all_input_nodes
+    return False
 
 
 def skip_convolution(layer: Layer) -> Chosen:

@@ -116,18 +116,15 @@ def _plan_linear(layer: Layer) -> Chosen:
     head = skip_head(layer)
     if head is not None:
         return head
-    row = layer.selected(linear_refusal(layer))
+    asymmetric = layer.config.ptq4vm.asymmetric
+    row = layer.selected(linear_refusal(layer), simulated=SIMULATED if asymmetric else None)
     if row.status == "skipped":
         return row, []
-    spec, asymmetric = layer.config.activations, layer.config.ptq4vm.asymmetric
-    row.weight_bits, row.activation_bits = layer.config.weights.bits, spec.inlier_bits
-    if asymmetric:
-        row.status, row.reason = "simulated", SIMULATED
     site = Site(
         name="input",
         node=layer.node,
         index=0,
-        bits=spec.inlier_bits,
+        bits=layer.config.activations.inlier_bits,
         kind="linear",
         layer=layer.name,
         reverse=layer.reverse,

@@ -48,11 +48,11 @@ from ouro_compiler.recipes.planning import (
     Chosen,
     Layer,
     Plan,
-    is_token_linear,
     linear_refusal,
     plan_graph,
     scan_refusal,
     skip_convolution,
+    skip_head,
 )
 
 SEARCH_IMAGES = 8  # of the coordinate search
@@ -73,35 +73,25 @@ def plan(gm: fx.GraphModule, config: QuantConfig) -> Plan:
 
 
 def _plan_linear(layer: Layer) -> Chosen:
-    if not is_token_linear(layer):
-        reason = "its input is no token sequence (B, L, K): the recipe leaves heads alone"
-        return layer.skipped(reason), []
-    row = layer.selected(linear_refusal(layer))
-    if row.status == "skipped":
-        return row, []
-    return _simulated(layer, row, _LINEAR), [_site(layer, "input", "linear")]
+    head = skip_head(layer)
+    if head is not None:
+        return head
+    row = layer.selected(linear_refusal(layer), simulated=_LINEAR)
+    return row, [] if row.status == "skipped" else [_site(layer, "input", "linear")]
 
 
 def _plan_scan(layer: Layer) -> Chosen:
     if layer.config.ssm == "none":
         return layer.skipped("scans stay in floating point (ssm = none)"), []
-    row = layer.selected(scan_refusal(layer))
+    row = layer.selected(scan_refusal(layer), simulated=_SCAN)
     if row.status == "skipped":
         return row, []
-    row = _simulated(layer, row, _SCAN)
     row.weight_bits = None  # A is coded as exp(Delta A)
     inside = [
         _site(layer, name, "ssm", index)
         for name, index in (("decay", DECAY), ("input", INPUT), ("state", STATE))
     ]
     return row, [_site(layer, "u", "ssm"), *inside]
-
-
-def _simulated(layer: Layer, row: Any, reason: str) -> Any:
-    row.status, row.reason = "simulated", reason
-    row.weight_bits = layer.config.weights.bits
-    row.activation_bits = layer.config.activations.inlier_bits
-    return row
 
 
 def _site(layer: Layer, name: str, kind: str, index: int = 0) -> Site:

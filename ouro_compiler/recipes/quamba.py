@@ -48,6 +48,7 @@ from ouro_compiler.recipes.planning import (
     Plan,
     linear_refusal,
     plan_graph,
+    reads_scan,
     scan_refusal,
     skip_convolution,
     skip_head,
@@ -141,22 +142,6 @@ def undone(weight: Tensor, rotation: Tensor) -> Tensor:
     return (weight.double() @ exact.t() / length).float()
 
 
-def reads_scan(linear: fx.Node) -> bool:
-    """Does a linear read what a scan gives, with no other linear, scan or convolution between?"""
-    seen: set[fx.Node] = set()
-    waiting = [linear.args[0]]
-    while waiting:
-        node = waiting.pop()
-        if not isinstance(node, fx.Node) or node in seen:
-            continue
-        seen.add(node)
-        if is_op(node, SCAN):
-            return True
-        if not is_op(node, aten.linear.default, _CONV, aten.conv1d.default, aten.conv2d.default):
-            waiting += node.all_input_nodes
-    return False
-
-
 def _rotations(sites: list[Site]) -> dict[str, Tensor]:
     """Rotations by site's name; one tensor for all sites of one width."""
     known: dict[int, Tensor | None] = {}
@@ -207,30 +192,22 @@ def _plan_linear(layer: Layer) -> Chosen:
     head = skip_head(layer)
     if head is not None:
         return head
-    row = layer.selected(linear_refusal(layer))
-    if row.status == "skipped":
-        return row, []
     reason = _SIMULATED
     if layer.config.quamba.hadamard and reads_scan(layer.node):
         width = _width(layer.node)
         if hadamard(width) is None:
             reason += f"; not rotated: no Hadamard matrix of order {width} is known here"
-    row.status, row.reason = "simulated", reason
-    row.weight_bits = layer.config.weights.bits
-    row.activation_bits = layer.config.activations.inlier_bits
-    return row, [_site(layer, "input", 0)]
+    row = layer.selected(linear_refusal(layer), simulated=reason)
+    return row, [] if row.status == "skipped" else [_site(layer, "input", 0)]
 
 
 def _plan_scan(layer: Layer) -> Chosen:
     if layer.config.ssm == "none":
         return layer.skipped("SSM operands stay in floating point (ssm = none)"), []
-    row = layer.selected(scan_refusal(layer))
+    reason = "operands are quantized and dequantized around a floating-point scan, not states"
+    row = layer.selected(scan_refusal(layer), simulated=reason)
     if row.status == "skipped":
         return row, []
-    row.status = "simulated"
-    row.reason = "operands are quantized and dequantized around a floating-point scan, not states"
-    row.weight_bits = layer.config.weights.bits
-    row.activation_bits = layer.config.activations.inlier_bits
     given = all_arguments(layer.node)
     return row, [_site(layer, name, i) for i, name in _OPERANDS if given[i] is not None]
 
@@ -241,13 +218,8 @@ def _plan_convolution(layer: Layer) -> Chosen:
     refusal = None
     if get_constant(layer.gm, layer.node.args[1]) is None:
         refusal = "its weight is computed at run time"
-    row = layer.selected(refusal)
-    if row.status == "skipped":
-        return row, []
-    row.status, row.reason = "simulated", _SIMULATED
-    row.weight_bits = layer.config.weights.bits
-    row.activation_bits = layer.config.activations.inlier_bits
-    return row, [_site(layer, "input", 0)]
+    row = layer.selected(refusal, simulated=_SIMULATED)
+    return row, [] if row.status == "skipped" else [_site(layer, "input", 0)]
 
 
 def _site(layer: Layer, name: str, index: int) -> Site:
