@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator
 
@@ -195,6 +196,9 @@ def test_bad_input_is_one_sentence() -> None:
         ouro.compile(NoGraph(), images(2), calibration=images())
     with pytest.raises(UsageError, match="not finite"):
         ouro.compile(small_vim(), images(2), calibration=torch.full((2, 1, 28, 28), torch.nan))
+    half = copy.deepcopy(small_vim()).bfloat16()
+    with pytest.raises(UsageError, match=r"input is torch.bfloat16: call model.float\(\)"):
+        ouro.compile(half, images(2).bfloat16(), calibration=images())
     with pytest.raises(UsageError, match=r"compiled for images"):
         compiled_vim()(torch.zeros(1, 1, 32, 32))
 

@@ -345,6 +345,26 @@ def test_command_on_a_model(cli: Cli) -> None:  # noqa: F811
     assert base64.b64decode(picture.partition(",")[2]).startswith(b"\x89PNG")
 
 
+def test_page_of_another_recipe(cli: Cli) -> None:  # noqa: F811
+    args = ("vim.safetensors", "--html", "m.html", "--calibration", "images.npz", "--images", "4")
+    how = ("--recipe", "ptq4vm", "--set", "weights.bits=8", "--set", "ssm=none")
+    assert cli("inspect", *args, *how, entry=main).code == 0
+    found = Found(Path("m.html").read_text())
+    rows = found.tables["layers-table"][1:]
+    assert {row[2] for row in rows if row[1] == "scan"} == {"skipped"}
+    assert {row[3] for row in rows if row[2] == "simulated"} == {"8"}
+    after = ("vim.safetensors", "--after", "insert_fake_quantize", *how)
+    simulated = "ouro.fake_quantize"
+    assert simulated in cli("inspect", *after, entry=main).out
+    assert simulated not in cli("inspect", *after[:3], entry=main).out
+
+
+def test_an_artefact_has_its_configuration(cli: Cli) -> None:  # noqa: F811
+    compiled_vim().save("kept.ouro")
+    for how in (("--preset", "w8a8"), ("--recipe", "rtn"), ("--set", "ssm=none")):
+        refused(cli("inspect", "kept.ouro", *how, entry=main), 2, "are for models")
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
@@ -354,7 +374,9 @@ def test_command_on_a_model(cli: Cli) -> None:  # noqa: F811
         (("--html", "a.html", "--preset", "w5a5"), "the presets are w4a4"),
         (("--html", "a.html", "--calibration", "nothing.npz"), "it does not exist"),
         (("--images", "3"), "--images is for --html and --trace"),
-        (("--time",), "--preset and --time are for --html"),
+        (("--time",), "--time is for --html"),
+        (("--recipe", "gptq"), "gptq"),
+        (("--set", "weights.bits=4 bits"), "weights.bits"),
         (("--trace", "t.json"), "--trace runs an artefact"),
     ],
 )

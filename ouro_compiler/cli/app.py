@@ -1,5 +1,4 @@
-"""The command line: `ouro-compile MODEL --w4a4 ...` and `ouro {compile, generate, eval, inspect,
-export-onnx}`.
+"""The command line: `ouro-compile MODEL --w4a4 ...` and `ouro COMMAND`.
 
 Progress goes to stderr, results to stdout. Exit codes are those of `ouro_compiler.errors`.
 """
@@ -216,6 +215,8 @@ def inspect_command(
     trace: options.Trace = None,
     images: options.PageImages = None,
     preset: options.PagePreset = None,
+    recipe: options.InspectedRecipe = None,
+    setting: options.Settings = None,
     time: options.PageTime = False,
     arch: options.Arch = None,
     ema: options.Ema = False,
@@ -239,6 +240,8 @@ def inspect_command(
             trace=trace,
             images=images,
             preset=preset,
+            recipe=recipe,
+            settings=tuple(setting or ()),
             time=time,
         )
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from torch import fx
 
     from ouro_compiler.cli.source import ModelSource
+    from ouro_compiler.config import QuantConfig
 
 _NOISE_IMAGES = 8
 _PIPED_WIDTH = 240  # one line a node, for grep
@@ -31,7 +33,10 @@ class _Subject:
 
 @dataclass(frozen=True, kw_only=True)
 class InspectRequest:
-    """html, trace: files to write in place of showing the graph in a format."""
+    """html, trace: files to write in place of showing the graph in a format.
+
+    preset, recipe, settings: how a model is quantized (w4a4, ouromamba).
+    """
 
     source: ModelSource
     format: str
@@ -43,7 +48,24 @@ class InspectRequest:
     trace: Path | None = None
     images: int | None = None
     preset: str | None = None
+    recipe: str | None = None
+    settings: tuple[str, ...] = ()
     time: bool = False
+
+    @cached_property
+    def config(self) -> QuantConfig:
+        """The preset with --recipe and --set applied. Raises UsageError for one that is none."""
+        from ouro_compiler.config import PRESETS
+        from ouro_compiler.recipes import find_recipe
+
+        preset = self.preset or "w4a4"
+        if preset not in PRESETS:
+            raise UsageError(f"no preset is called {preset}: the presets are {', '.join(PRESETS)}")
+        config = PRESETS[preset]
+        chosen = () if self.recipe is None else (f"recipe={self.recipe}",)
+        for setting in (*chosen, *self.settings):
+            config = config.with_setting(setting)
+        return find_recipe(config.recipe).configure(config)
 
 
 def run(request: InspectRequest) -> None:
@@ -62,7 +84,7 @@ def run(request: InspectRequest) -> None:
                 html=request.html,
                 calibration=request.calibration,
                 images=request.images or _NOISE_IMAGES,
-                preset=request.preset,
+                config=request.config,
                 time=request.time,
             )
         )
@@ -72,12 +94,19 @@ def run(request: InspectRequest) -> None:
 
 def _check(request: InspectRequest) -> None:
     """Refuse what cannot be written, and options that would say nothing."""
+    from ouro_compiler.runtime.artifact import is_artifact
+
+    how = (request.preset, request.recipe, *request.settings)
+    if any(one is not None for one in how) and is_artifact(Path(request.source.name)):
+        raise UsageError(
+            "--preset, --recipe and --set are for models: an artefact has its configuration"
+        )
     for path in (request.output, request.html, request.trace):
         if path is not None and (path.is_dir() or not path.parent.is_dir()):
             raise UsageError(f"{path} is no file in an existing folder")
     shown = (request.format != "text", request.after, request.block, request.output)
-    if request.html is None and (request.preset is not None or request.time):
-        raise UsageError("--preset and --time are for --html")
+    if request.html is None and request.time:
+        raise UsageError("--time is for --html")
     if request.html is None and request.trace is None:
         if request.images is not None:
             raise UsageError("--images is for --html and --trace")
@@ -99,7 +128,7 @@ def _show(request: InspectRequest) -> None:
             raise UsageError("--after is for models: an artefact has been through every pass")
         subject = _artefact(path)
     else:
-        gm, name = _graph_of_model(source, after, request.calibration)
+        gm, name = _graph_of_model(source, after, request.calibration, request.config)
         subject = _Subject(gm=gm, header={"after": name})
     if format == "text":
         table = _table(_rows(subject, block))
@@ -134,7 +163,7 @@ def _artefact(path: Path) -> _Subject:
 
 
 def _graph_of_model(
-    source: ModelSource, after: str | None, calibration: str
+    source: ModelSource, after: str | None, calibration: str, config: QuantConfig
 ) -> tuple[fx.GraphModule, str]:
     from ouro_compiler.compiler import graph_after
     from ouro_compiler.data import noise_images, open_images
@@ -144,7 +173,7 @@ def _graph_of_model(
         images = noise_images(loaded.preprocessing, _NOISE_IMAGES, 0)
     else:
         images = open_images(calibration, loaded.preprocessing, limit=_NOISE_IMAGES)
-    return graph_after(loaded.module, loaded.example, after, calibration=images)
+    return graph_after(loaded.module, loaded.example, after, calibration=images, config=config)
 
 
 def _rows(subject: _Subject, block: str | None) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from ouro_compiler.calibration.images import Images
     from ouro_compiler.cli.source import ModelSource
-    from ouro_compiler.config import Preprocessing
+    from ouro_compiler.config import Preprocessing, QuantConfig
     from ouro_compiler.inspection.page import PageContent
     from ouro_compiler.inspection.probe import Sample
     from ouro_compiler.inspection.stages import Stage
@@ -29,13 +29,13 @@ _ROUNDS = 5
 
 @dataclass(frozen=True, kw_only=True)
 class PageRequest:
-    """calibration: a path, "noise" or "synthetic". images: how many at most. preset: of a model."""
+    """calibration: a path, "noise" or "synthetic". images: how many at most. config: of a model."""
 
     source: ModelSource
     html: Path
     calibration: str
     images: int
-    preset: str | None
+    config: QuantConfig
     time: bool
 
 
@@ -58,8 +58,6 @@ def _of_artefact(request: PageRequest) -> PageContent:
     from ouro_compiler.inspection.stages import Stage
     from ouro_compiler.runtime.artifact import load
 
-    if request.preset is not None:
-        raise UsageError("--preset is for models: an artefact has its configuration")
     path = Path(request.source.name)
     compiled = load(path)
     images, preprocessing = images_of_artefact(compiled, request.calibration, request.images)
@@ -84,7 +82,6 @@ def _of_artefact(request: PageRequest) -> PageContent:
 
 def _of_model(request: PageRequest) -> PageContent:
     import ouro_compiler as ouro
-    from ouro_compiler.config import PRESETS
     from ouro_compiler.inspection.network import build_network
     from ouro_compiler.inspection.page import PageContent
     from ouro_compiler.inspection.probe import measure
@@ -92,9 +89,6 @@ def _of_model(request: PageRequest) -> PageContent:
     from ouro_compiler.passes import NORMALIZE
     from ouro_compiler.passes.base import pass_name
 
-    preset = request.preset or "w4a4"
-    if preset not in PRESETS:
-        raise UsageError(f"no preset is called {preset}: the presets are {', '.join(PRESETS)}")
     loaded = request.source.load()
     if request.calibration == "synthetic":
         images = _synthetic(request, loaded.module, loaded.example, loaded.preprocessing)
@@ -104,7 +98,7 @@ def _of_model(request: PageRequest) -> PageContent:
     compiled = ouro.compile(
         loaded.module,
         loaded.example,
-        PRESETS[preset],
+        request.config,
         calibration=images,
         preprocessing=loaded.preprocessing,
         batch_size=_BATCH,

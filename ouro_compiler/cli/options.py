@@ -81,7 +81,7 @@ PageImages = Annotated[
     int | None, typer.Option(min=1, help="of --html and --trace: images at most (8; 1)")
 ]
 PagePreset = Annotated[
-    str | None, typer.Option(help="of --html, of a model: w4a4, w4a8, w6a6 or w8a8")
+    str | None, typer.Option(help="of a model: w4a4 (the default), w4a8, w6a6 or w8a8")
 ]
 PageTime = Annotated[
     bool, typer.Option("--time", help="of --html: measure every node (bytes then differ)")
@@ -136,6 +136,9 @@ RecipeOption = Annotated[
     typer.Option(
         "--recipe", help="method: ouromamba, rtn, ptq4vm, qmamba, ksq or quamba (docs/recipes.md)"
     ),
+]
+InspectedRecipe = Annotated[
+    str | None, typer.Option("--recipe", help="of a model: method (ouromamba; docs/recipes.md)")
 ]
 Settings = Annotated[
     list[str] | None,

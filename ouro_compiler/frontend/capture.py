@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ouro_compiler.errors import ModelError
+from ouro_compiler.errors import ModelError, UsageError
 from ouro_compiler.frontend.standins import replaced_functions
 
 MAX_BATCH = 65_536
@@ -22,8 +22,9 @@ def capture(model: nn.Module | torch.export.ExportedProgram, example: Tensor) ->
     example: (B, ...), any B >= 1 (a batch of 1 is doubled, since export would fix it). Parameters
     are get_attr nodes; nothing is decomposed, and nothing is written in place. Known scans, convs
     and norms of public code become ops (docs/standins.md). Raises ModelError if the model cannot be
-    traced.
+    traced, UsageError if the example is not in fp32.
     """
+    require_fp32(example)
     program = exported(model, example)
     if _writes_in_place(program.graph):
         program = program.run_decompositions({})  # functionalises; layers stay whole
@@ -35,6 +36,15 @@ def capture(model: nn.Module | torch.export.ExportedProgram, example: Tensor) ->
             f"the model takes {len(placeholders)} inputs; ouro compiles models of one image tensor"
         )
     return gm
+
+
+def require_fp32(example: Tensor) -> None:
+    """Raise UsageError for a model whose input is no fp32: it computes in something else."""
+    if example.dtype != torch.float32:
+        raise UsageError(
+            f"ouro compiles fp32 models, and this one's input is {example.dtype}: "
+            "call model.float() and pass fp32 images"
+        )
 
 
 def exported(

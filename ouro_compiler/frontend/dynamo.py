@@ -16,6 +16,7 @@ from torch._dynamo.guards import GuardBuilder
 from torch._guards import TracingContext
 
 from ouro_compiler.errors import UsageError
+from ouro_compiler.frontend.capture import require_fp32
 from ouro_compiler.graph import add_constant, aten, get_constant, replace_node, set_constant
 
 _RESUMED = "torch_dynamo_resume_in_"  # Dynamo's names for what follows a graph break
@@ -143,11 +144,7 @@ def _check_image(example: Tensor) -> None:
         raise UncalibratableError(
             f"its input is no image, but a tensor of {example.dtype} and {example.dim()} dimensions"
         )
-    if example.dtype != torch.float32:
-        raise UsageError(
-            f"ouro compiles fp32 models, and this one's input is {example.dtype}: "
-            "call model.float() and pass fp32 images"
-        )
+    require_fp32(example)
     if example.requires_grad:
         raise UsageError(
             "the images require gradients, which do not flow through a quantized graph"
