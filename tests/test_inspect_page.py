@@ -463,7 +463,6 @@ return found;
 """
 
 
-@pytest.mark.skipif(not browser.AVAILABLE, reason="PyQt6-WebEngine is not installed")
 def test_the_page_works_in_a_browser(tmp_path: Path) -> None:
     path = tmp_path / "page.html"
     path.write_text(page())
@@ -492,7 +491,6 @@ def test_the_page_works_in_a_browser(tmp_path: Path) -> None:
     assert found["charts"] == [1, 2]
 
 
-@pytest.mark.skipif(not browser.AVAILABLE, reason="PyQt6-WebEngine is not installed")
 def test_odd_names_run_no_code(tmp_path: Path) -> None:
     path = tmp_path / "page.html"
     path.write_text(odd_page())
