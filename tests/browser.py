@@ -24,9 +24,9 @@ def in_browser(page: Path, script: str, *more: str) -> dict[str, Any]:
     Skips the test where Qt is not installed or lacks a library of the system.
     """
     load = [sys.executable, "-c", "import PyQt6.QtWebEngineWidgets"]
-    missing = subprocess.run(load, capture_output=True, text=True).stderr.strip()
-    if missing:
-        pytest.skip(f"no browser: {missing.splitlines()[-1]}")
+    loaded = subprocess.run(load, capture_output=True, text=True)
+    if loaded.returncode != 0:
+        pytest.skip(f"no browser: {loaded.stderr.strip().splitlines()[-1]}")
     done = subprocess.run(
         [sys.executable, "-m", "tests.browser", str(page), script, *more],
         capture_output=True,
