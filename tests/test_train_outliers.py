@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -11,8 +12,15 @@ from torch import Tensor
 
 from ouro_compiler.frontend.checkpoint import load_model
 from scripts import train_outliers as script
-from scripts.train_outliers import outlier_loss, relative_sizes, watched_inputs
+from scripts.train_outliers import (
+    outlier_loss,
+    outlier_statistics,
+    relative_sizes,
+    watched_inputs,
+)
 from tests.models import images, small_vim, vim_micro
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 def test_the_loss_wants_one_moving_outlier_a_token() -> None:
@@ -50,6 +58,20 @@ def test_linears_of_mixers_are_watched() -> None:
 
 def _ends(mixer: torch.nn.Module) -> list[torch.nn.Linear]:
     return [mixer.in_proj, mixer.out_proj]  # type: ignore[list-item]
+
+
+def test_the_example_has_outliers_that_move() -> None:
+    digits = np.load(EXAMPLES / "digits_test.npz")
+    batch, labels = (torch.from_numpy(digits[name]) for name in ("images", "labels"))
+    found = {}
+    for name in ("vim_digits", "vim_outliers"):
+        model = load_model(EXAMPLES / f"{name}.safetensors").module
+        assert isinstance(model, torch.nn.Module)
+        with torch.no_grad():
+            assert float((model(batch[:500]).argmax(1) == labels[:500]).float().mean()) > 0.96
+        found[name] = outlier_statistics(model, batch[:64])
+    assert found["vim_outliers"][0] > 4.5
+    assert found["vim_outliers"][1] < 0.2 < 0.45 < found["vim_digits"][1]
 
 
 def test_a_short_run(
