@@ -63,8 +63,7 @@ class CompiledModel(nn.Module):
         if images.device != device:
             raise UsageError(f"images are on {images.device}, the model is on {device}: move one")
         if self._runner is None:
-            make = CudaRunner if device.type == "cuda" else CpuRunner
-            self._runner = make(self.graph_module)
+            self._runner = runner_of(self.graph_module)
         return self._runner
 
     def traced(self, images: Tensor, labels: Mapping[str, str] | None = None) -> Tensor:
@@ -107,6 +106,11 @@ class CompiledModel(nn.Module):
         from ouro_compiler.runtime.artifact import save
 
         save(self, path)
+
+
+def runner_of(gm: fx.GraphModule) -> CpuRunner | CudaRunner:
+    """What runs a graph of one input on the device of its constants."""
+    return CudaRunner(gm) if device_of(gm).type == "cuda" else CpuRunner(gm)
 
 
 def _shown(shape: Sequence[int]) -> str:
