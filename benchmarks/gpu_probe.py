@@ -64,7 +64,7 @@ class Probe:
             torch.cuda.synchronize()
         return sum(
             event.device_type == torch.autograd.DeviceType.CUDA
-            and not event.is_user_annotation
+            and not getattr(event, "is_user_annotation", False)
             and not event.name.startswith(("Memcpy", "Memset"))
             for event in profile.events() or ()
         )

@@ -247,10 +247,9 @@ def test_gpu_memory_of_many_sizes_is_bounded(on_gpu: CompiledModel) -> None:
         torch.cuda.empty_cache()
         return torch.cuda.memory_reserved()
 
-    all_sizes()
-    second, third = all_sizes(), all_sizes()
+    rounds = [all_sizes() for _ in range(6)]
     assert graphs_of(on_gpu) == 4
-    assert third <= second
+    assert rounds[5] <= 1.25 * rounds[1]
 
 
 @pytest.mark.gpu
