@@ -84,18 +84,18 @@ def giga(rate: float) -> str:
 
 
 def _kernel(row: Row) -> str:
-    cells = [row["name"], *times(row)[:2], ratio(row["vs_linear"])]
+    shown = [row["name"], *times(row)[:2], ratio(row["vs_linear"])]
     share = "" if row["share"] is None else f"{row['share']:.0%}"
-    cells += [share, row["bound_by"] or "", row["implementation"], row["check"] or ""]
-    return cells(cells)
+    shown += [share, row["bound_by"] or "", row["implementation"], row["check"] or ""]
+    return cells(shown)
 
 
 def _model(row: Row) -> str:
     each = row["images_per_second"]
-    cells = [row["variant"], *times(row), "" if each is None else f"{each:.1f}"]
-    cells += [ratio(row[key]) for key in ("vs_mamba", "vs_compile", "vs_onnx")]
-    cells.append("; ".join(one for one in (row["check"], row["note"]) if one))
-    return cells(cells)
+    shown = [row["variant"], *times(row), "" if each is None else f"{each:.1f}"]
+    shown += [ratio(row[key]) for key in ("vs_mamba", "vs_compile", "vs_onnx")]
+    shown.append("; ".join(one for one in (row["check"], row["note"]) if one))
+    return cells(shown)
 
 
 def times(row: Row) -> list[str]:
