@@ -170,15 +170,23 @@ def _numbers(subject: Subject, batch: int, variant: Variant, rounds: int) -> Row
             candidate.call()
         held = probe.held() - before
         transient = probe.transient(candidate.call)
-        launches = probe.launches(candidate.call)
+        launches, uncounted = _launches(probe, candidate)
     take_turns([candidate], rounds, probe.clock)
     times = summary(candidate.seconds)
     return {
         **times,
-        "note": built.note or None,
+        "note": "; ".join(one for one in (built.note, uncounted) if one) or None,
         "check": check,
         "images_per_second": 1e3 * batch / times["ms"],
         "peak_bytes": None if transient is None else held + transient,
         "weights_bytes": None if built.module is None else bytes_of(built.module),
         "launches": launches,
     }
+
+
+def _launches(probe: Probe, candidate: Candidate) -> tuple[int | None, str]:
+    """Kernels of a call, or the reason why they could not be counted."""
+    try:
+        return probe.launches(candidate.call), ""
+    except Exception as error:  # a profiler that does not work here takes no other number away
+        return None, f"kernels not counted ({sentence(error)})"

@@ -9,7 +9,7 @@ end=$((SECONDS + 60 * ${2:-9}))
 python=${PYTHON:-python3}
 state=.gpu
 mkdir -p "$out" "$state/peers" "$state/done"
-export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD/$state/peers:$PWD OURO_CACHE_DIR=$PWD/$state/cache
+export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD/$state/peers:$PWD
 
 results() {
     for file in gpu.json tests.txt build.txt; do
@@ -38,7 +38,8 @@ suite() { # suite NAME FILTER BATCHES MODELS
 }
 
 tests() {
-    "$python" -m pytest -m gpu -q -n 8 --show-capture=no >"$state/tests.txt" 2>&1
+    grep -rlE 'mark\.gpu' tests --include='test_*.py' |
+        xargs "$python" -m pytest -m gpu -q -n 8 --show-capture=no >"$state/tests.txt" 2>&1
     tail -40 "$state/tests.txt" # failures are read, not repeated
 }
 export -f tests
