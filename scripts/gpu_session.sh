@@ -32,9 +32,9 @@ step() { # step NAME COMMAND...: until it succeeds, within the time that is left
     [ "$status" -ne 0 ] || touch "$state/done/$name"
 }
 
-suite() { # suite NAME FILTER BATCHES MODELS
+suite() { # suite NAME FILTER BATCHES MODELS [ROUNDS]
     step "$1" "$python" -m benchmarks.run --suite gpu --json "$state/gpu.json" \
-        --artefacts "$state/artefacts" --filter "$2" --batches "$3" --models "$4"
+        --artefacts "$state/artefacts" --filter "$2" --batches "$3" --models "$4" --rounds "${5:-9}"
 }
 
 tests() {
@@ -54,7 +54,7 @@ step tests bash -c tests
 
 small=vim_tiny
 others=vmamba_tiny_s1l8,vim_base,mambavision_tiny,vim_small,vmamba_base_s1l20
-suite kernels "gpu/kernels/.*(Vim-T|VMamba-T)" 1,32 "$small"
+suite kernels "gpu/kernels/.*(Vim-T|VMamba-T)" 1,32 "$small" 3
 suite vim_tiny "b(1|32)/(eager|ours)" 1,32 "$small"
 suite vim_tiny_compile "b(1|32)/torch.compile" 1,32 "$small"
 suite others "b(1|32)/(eager|ours)" 1,32 "$others"

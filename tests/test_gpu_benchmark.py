@@ -169,14 +169,20 @@ def test_wrong_results_get_no_numbers(tmp_path: Path) -> None:
     def shifted(subject: Subject, images: Tensor) -> Built:
         return Built(subject.model, on_cpu=lambda given: -subject.model(given))
 
+    def one_way(subject: Subject, images: Tensor) -> Built:
+        kernels = {"selective_scan": lambda *args: selective_scan_ref(*args[:9])}
+        return Built(subject.model, context=lambda: peers.operators_by(kernels))
+
     wrong = {"zeros": Variant("fp16", zeros), "shifted": Variant("integer", shifted)}
+    wrong["one way"] = Variant("fp16", one_way)
     path = tmp_path / "rows.json"
     for variants in (wrong, {**wrong, "right": Variant("fp16", right)}):
         found = Rows(path, "gpu")
         measure_models(
             found, ["vim_micro"], [2], images=2, rounds=1, device="cpu", variants=variants
         )
-    first, second, third = sorted(found.rows, key=lambda row: row["variant"])
+    way, first, second, third = sorted(found.rows, key=lambda row: row["variant"])
+    assert "relative L2 error" in way["reason"], "a scan that knows one direction only"
     assert first["reason"] is None
     assert "its logits are not those of the CPU" in second["reason"]
     assert "relative L2 error 100.0%" in third["reason"]
