@@ -49,13 +49,13 @@ def measure_ceilings(seconds: float = 0.05, times: int = 7) -> list[Row]:
     """Rows (name, what, rate a second); a row without a rate has the reason."""
     toolchain = find_toolchain()
     if toolchain is None:
-        return [_row("all", "every ceiling", None, "no C++ compiler was found")]
+        return [ceiling_row("all", "every ceiling", None, "no C++ compiler was found")]
     here = Path(__file__).with_name("ceilings.cpp").read_text()
     header = (Path(cpp.__file__).parent / "templates" / "vector.h").read_text()
     try:
         library = ctypes.CDLL(str(build(header.replace("#pragma once\n", "") + here, toolchain)))
     except (BuildError, OSError) as error:
-        return [_row("all", "every ceiling", None, str(error))]
+        return [ceiling_row("all", "every ceiling", None, str(error))]
     threads = torch.get_num_threads()
     library.lanes.restype = ctypes.c_int64
     lanes, sums = library.lanes(), torch.zeros(threads)
@@ -66,14 +66,14 @@ def measure_ceilings(seconds: float = 0.05, times: int = 7) -> list[Row]:
     for name, (function, in_lane, what) in _LOOPS.items():
         loop = getattr(library, function, None)
         if loop is None:
-            rows.append(_row(name, what, None, "this processor has no such instruction"))
+            rows.append(ceiling_row(name, what, None, "this processor has no such instruction"))
             continue
 
         def run(count: int, loop: Callable[..., None] = loop) -> None:
             loop(ctypes.c_void_p(sums.data_ptr()), ctypes.c_int64(count), ctypes.c_int64(threads))
 
         steps = _steps_a_second(run, seconds, times)
-        rows.append(_row(name, what, steps * _CHAINS * lanes * in_lane * threads, None))
+        rows.append(ceiling_row(name, what, steps * _CHAINS * lanes * in_lane * threads, None))
     return rows
 
 
@@ -90,7 +90,7 @@ def _copy(library: ctypes.CDLL, name: str, size: int, seconds: float, times: int
         )
 
     what = f"bytes read and written by copies in {'caches' if name == 'cache' else 'memory'}"
-    return _row(name, what, _steps_a_second(run, seconds, times) * size, None)
+    return ceiling_row(name, what, _steps_a_second(run, seconds, times) * size, None)
 
 
 def _steps_a_second(run: Callable[[int], None], seconds: float, times: int) -> float:
@@ -107,7 +107,8 @@ def _seconds(run: Callable[[int], None], count: int) -> float:
     return time.perf_counter() - start
 
 
-def _row(name: str, what: str, rate: float | None, reason: str | None) -> Row:
+def ceiling_row(name: str, what: str, rate: float | None, reason: str | None) -> Row:
+    """A ceiling, or the reason why there is none."""
     return {"kind": "ceiling", "name": name, "what": what, "per_second": rate, "reason": reason}
 
 
@@ -125,15 +126,17 @@ def shortest_seconds(work: Work, ceilings: list[Row]) -> tuple[float, str] | Non
     """(seconds below which no call can be, what binds it); None without ceilings.
 
     Multiply-adds and exponentials use the same units, so their times add up; bytes and int8
-    products are bounds of their own. Operands that fit the caches are counted as copies there.
+    products are bounds of their own. Operands that fit the caches are counted as copies there. What
+    has no ceiling (a GPU's exponentials and caches) is no bound.
     """
     rates = {row["name"]: row["per_second"] for row in ceilings}
     if "fma" not in rates or rates.get(work.products) is None:
         return None
-    place = "cache" if work.moved < 4 * 1024 * 1024 else "memory"
+    place = "cache" if work.moved < 4 * 1024 * 1024 and "cache" in rates else "memory"
+    exponentials = work.exp / rates["exp"] if "exp" in rates else 0.0
     bounds = {
         f"bytes ({place})": work.moved / rates[place],
-        "multiply-adds, exponentials": work.fma / rates["fma"] + work.exp / rates["exp"],
+        "multiply-adds, exponentials": work.fma / rates["fma"] + exponentials,
         f"int8 products ({work.products})": work.integer / rates[work.products],
     }
     name = max(bounds, key=bounds.__getitem__)

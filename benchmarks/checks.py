@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,10 +10,12 @@ from torch import Tensor, fx
 
 from ouro_compiler.evaluation import snr_db
 from ouro_compiler.graph import argument, is_op
-from ouro_compiler.kernels.cpu import IMPLEMENTATIONS
+from ouro_compiler.kernels import cpu, cuda
+from ouro_compiler.kernels.dispatch import Implementation
 
 FP32_TOLERANCE = 1e-3  # of the largest logit
-BF16_TOLERANCE = 0.05  # relative L2 error
+HALF_TOLERANCE = {"fp16": 0.01, "bf16": 0.05}  # relative L2 error
+SAME_ARTEFACT_DB = 10.0  # between devices: codes flip on ties, and later layers see it
 _FLOAT_TOLERANCE = 1e-4  # of an operator's largest value
 # A fused operator rounds its values before it quantizes them: a code may flip on a tie.
 _FLIPS = 2e-3
@@ -34,12 +37,12 @@ def check_fp32(found: Tensor, expected: Tensor) -> str:
     return f"within {error:.0e} of the largest logit"
 
 
-def check_bf16(found: Tensor, expected: Tensor) -> str:
-    """What a row says of a bf16 variant. Raises WrongError."""
+def check_half(found: Tensor, expected: Tensor, kind: str) -> str:
+    """What a row says of a variant in "fp16" or "bf16". Raises WrongError."""
     _check_finite(found, expected)
     error = float((found - expected).norm() / expected.norm())
-    if error > BF16_TOLERANCE:
-        raise WrongError(f"relative L2 error {error:.1%}, allowed are {BF16_TOLERANCE:.0%}")
+    if error > HALF_TOLERANCE[kind]:
+        raise WrongError(f"relative L2 error {error:.1%}, allowed are {HALF_TOLERANCE[kind]:.0%}")
     return f"relative L2 error {error:.1%}"
 
 
@@ -54,24 +57,41 @@ def check_integer(found: Tensor, again: Tensor, expected: Tensor) -> str:
     return f"repeats bit for bit, SNR {quality:.1f} dB"
 
 
+def check_same_artefact(found: Tensor, on_cpu: Tensor) -> str:
+    """What a row says of an artefact's logits and those it has on a CPU. Raises WrongError."""
+    _check_finite(found, on_cpu)
+    quality = snr_db(on_cpu, found)
+    if quality < SAME_ARTEFACT_DB:
+        raise WrongError(f"its logits are not those of the CPU ({quality:.1f} dB)")
+    return f"{quality:.1f} dB to the CPU's"
+
+
+def implementations(device: torch.device) -> Mapping[str, Implementation]:
+    """The operators with kernels on a device."""
+    return cuda.IMPLEMENTATIONS if device.type == "cuda" else cpu.IMPLEMENTATIONS
+
+
 def check_operators(module: fx.GraphModule, images: Tensor) -> str:
     """Kernels of a graph against their references, on the input of the first node of a kind.
 
     Raises WrongError, naming the operator.
     """
-    checker = _Operators(module)
+    checker = _Operators(module, implementations(images.device))
     with torch.inference_mode():
         checker.run(images)
     return f"{len(checker.seen)} kinds of operators equal their references"
 
 
 class _Operators(fx.Interpreter):
-    def __init__(self, module: fx.GraphModule) -> None:
+    def __init__(
+        self, module: fx.GraphModule, implementations: Mapping[str, Implementation]
+    ) -> None:
         super().__init__(module)
+        self.implementations = implementations
         self.seen: set[tuple[Any, ...]] = set()
 
     def run_node(self, n: fx.Node) -> Any:
-        name = _operator(n)
+        name = self._operator(n)
         if name is None:
             return super().run_node(n)
         kind = (name, *(_static(n, key) for key in ("inlier_bits", "outlier_bits", "reverse")))
@@ -80,14 +100,14 @@ class _Operators(fx.Interpreter):
         self.seen.add(kind)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         found = super().run_node(n)
-        compare(name, found, IMPLEMENTATIONS[name].reference(*args, **kwargs))
+        compare(name, found, self.implementations[name].reference(*args, **kwargs))
         return found
 
-
-def _operator(node: fx.Node) -> str | None:
-    return next(
-        (key for key in IMPLEMENTATIONS if is_op(node, getattr(torch.ops.ouro, key).default)), None
-    )
+    def _operator(self, node: fx.Node) -> str | None:
+        known = self.implementations
+        return next(
+            (key for key in known if is_op(node, getattr(torch.ops.ouro, key).default)), None
+        )
 
 
 def _static(node: fx.Node, name: str) -> Any:
@@ -117,7 +137,8 @@ def _share_off(found: Tensor, expected: Tensor) -> float:
     if not expected.is_floating_point():
         return float((found != expected).double().mean())
     error = (found.double() - expected.double()).abs()
-    limit = _FLOAT_TOLERANCE * float(expected.abs().max())
+    tolerance = max(_FLOAT_TOLERANCE, 4 * torch.finfo(expected.dtype).eps)  # halves round coarsely
+    limit = tolerance * float(expected.abs().max())
     return float((~(error <= limit)).double().mean())
 
 

@@ -21,9 +21,10 @@ from typing import Any
 import torch
 
 from benchmarks.ceilings import best, measure_ceilings
-from benchmarks.cpu_kernels import chosen_groups, measure_kernels, set_shares
+from benchmarks.cpu_kernels import measure_kernels, set_shares
 from benchmarks.cpu_models import measure_model
 from benchmarks.cpu_table import line
+from benchmarks.kernel_cases import chosen_groups
 from benchmarks.output import write_rows
 from benchmarks.registry import Row, suite
 from ouro_compiler.kernels.cpp.toolchain import cpu_features, find_toolchain
@@ -36,7 +37,7 @@ _SHOWN_FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_vnni", 
 def cpu(options: argparse.Namespace) -> list[Row]:
     """Rows of kind machine, ceiling, kernel and model; prints them as they come."""
     load = os.getloadavg()
-    batches = [int(one) for one in options.batches.split(",")]
+    batches = [int(one) for one in (options.batches or "1,8").split(",")]
     pattern = options.filter or ""
     groups = chosen_groups(batches, pattern)
     ceilings = measure_ceilings() if groups or re.search(pattern, "ceilings") else []
@@ -87,7 +88,7 @@ def machine() -> dict[str, Any]:
         "features": [one for one in _SHOWN_FEATURES if one in features],
         "compiler": version,
         "torch": torch.__version__,
-        "packages": _versions("onnxruntime", "onnx", "torchao", "mamba_ssm"),
+        "packages": versions("onnxruntime", "onnx", "torchao", "mamba_ssm"),
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
         "system": platform.system(),
     }
@@ -102,7 +103,7 @@ def _processor() -> str:
     return names[0] if names else platform.machine()
 
 
-def _versions(*names: str) -> dict[str, str | None]:
+def versions(*names: str) -> dict[str, str | None]:
     from importlib.metadata import PackageNotFoundError, version
 
     found: dict[str, str | None] = {}

@@ -8,28 +8,19 @@ import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from functools import cache, cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 import ouro_compiler as ouro
-from benchmarks import checks, peers
-from benchmarks.peers import Model, UnavailableError
+from benchmarks import peers
+from benchmarks.peers import Model
 from benchmarks.peers_onnx import onnx_runtime
 from benchmarks.registry import Row
+from benchmarks.subjects import Built, Subject, Variant, check_built, sentence
 from benchmarks.timing import Candidate, summary, take_turns
-from ouro_compiler.compiler import prepare
 from ouro_compiler.config import QuantConfig
-from ouro_compiler.data import noise_images
-from ouro_compiler.frontend.capture import capture
-from ouro_compiler.frontend.detect import ARCHITECTURES
-from ouro_compiler.frontend.preprocessing import expected_preprocessing
-from ouro_compiler.graph import is_op
-from ouro_compiler.runtime.compiled_model import CompiledModel
 from ouro_compiler.runtime.cpu_runner import CpuRunner
 
 MAMBA, COMPILED, ONNX = (
@@ -38,68 +29,6 @@ MAMBA, COMPILED, ONNX = (
     "ONNX Runtime fp32",
 )
 BASELINES = {"vs_mamba": MAMBA, "vs_compile": COMPILED, "vs_onnx": ONNX}
-
-
-class Subject:
-    """A model with fixed random weights, its inputs, and what its variants share."""
-
-    def __init__(self, name: str, images: int) -> None:
-        torch.manual_seed(0)
-        self.name = name
-        config = ARCHITECTURES[name]
-        self.model = config.build().eval().requires_grad_(False)
-        self.preprocessing = expected_preprocessing(config)
-        self.calibration = noise_images(self.preprocessing, images, 0)
-        self.compiled = cache(self._compile)
-        self.expected = cache(self._expected)
-
-    def images(self, batch: int) -> Tensor:
-        """Noise, of another seed than the calibration's."""
-        return next(iter(noise_images(self.preprocessing, batch, 1).batches(batch)))
-
-    @cached_property
-    def graph(self) -> fx.GraphModule:
-        """The captured, normalised graph in floating point."""
-        module = capture(self.model, self.images(1))
-        prepare(module, ouro.W4A4)
-        return module
-
-    @property
-    def scans(self) -> int:
-        """Selective scans of the model."""
-        scan = torch.ops.ouro.selective_scan.default
-        return sum(is_op(node, scan) for node in self.graph.graph.nodes)
-
-    def _compile(self, config: QuantConfig) -> tuple[CompiledModel, str]:
-        example = self.images(1)
-        compiled = ouro.compile(self.model, example, config, calibration=self.calibration)
-        return compiled, checks.check_operators(compiled.graph_module, example)
-
-    def _expected(self, batch: int) -> Tensor:
-        """Logits of the eager model, with mamba_ssm's scan where that is installed."""
-        try:
-            context: AbstractContextManager[None] = peers.scan_by(peers.mamba_scan())
-        except UnavailableError:
-            context = nullcontext()
-        with torch.inference_mode(), context:
-            return self.model(self.images(batch))
-
-
-@dataclass
-class Built:
-    """A variant ready to run: images -> logits, how it was made, where its turns run."""
-
-    call: Model
-    note: str = ""
-    context: Callable[[], AbstractContextManager[Any]] = nullcontext
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A way to run a model. kind: fp32, bf16 or integer, which says how it is checked."""
-
-    kind: str
-    build: Callable[[Subject, Tensor], Built]
 
 
 def _eager(subject: Subject, images: Tensor) -> Built:
@@ -111,7 +40,7 @@ def _mamba(subject: Subject, images: Tensor) -> Built:
     del images
     scan = peers.mamba_scan()
     note = "what the others are compared with"
-    return Built(subject.model, note, lambda: peers.scan_by(scan))
+    return Built(subject.model, note, lambda: peers.operators_by({"selective_scan": scan}))
 
 
 def _peer(make: Callable[[Any, Tensor], Model], note: str) -> Callable[[Subject, Tensor], Built]:
@@ -206,7 +135,7 @@ def _measure_batch(
             try:
                 built = variant.build(subject, images)
                 rows[name]["note"] = built.note or None
-                rows[name]["check"] = _check(subject, batch, variant, built)
+                rows[name]["check"] = check_built(subject, batch, variant, built)
             except Exception as error:  # whatever a peer raises is its row's reason
                 rows[name]["reason"] = sentence(error)
                 continue
@@ -223,17 +152,6 @@ def _measure_batch(
     return [_with_ratios(row, rows, batch) for row in rows.values()]
 
 
-def _check(subject: Subject, batch: int, variant: Variant, built: Built) -> str:
-    images, expected = subject.images(batch), subject.expected(batch)
-    with built.context():
-        found = built.call(images).float().clone()
-        if variant.kind == "fp32":
-            return checks.check_fp32(found, expected)
-        if variant.kind == "bf16":
-            return checks.check_bf16(found, expected)
-        return checks.check_integer(found, built.call(images).float(), expected)
-
-
 def _with_ratios(row: Row, rows: Mapping[str, Row], batch: int) -> Row:
     """With images a second, and how many times as fast as each baseline it is."""
     mine = row.get("ms")
@@ -244,12 +162,3 @@ def _with_ratios(row: Row, rows: Mapping[str, Row], batch: int) -> Row:
     for key in ("ms", "ms_min", "ms_q1", "ms_q3", "ms_max", "calls"):
         row.setdefault(key, None)
     return row
-
-
-def sentence(error: Exception) -> str:
-    """An exception in one line without paths."""
-    if isinstance(error, UnavailableError | checks.WrongError):
-        return str(error)
-    lines = str(error).strip().splitlines() or ["no message"]
-    text = re.sub(r"(/[\w.+-]+){2,}", "...", lines[0])
-    return f"{type(error).__name__}: {text[:160]}"

@@ -25,7 +25,7 @@ def line(row: Row) -> str:
     where = {
         "model": lambda: f"{row['model']} b{row['batch']}: {_model(row)}",
         "kernel": lambda: f"b{row['batch']} {row['group']}: {_kernel(row)}",
-        "ceiling": lambda: _ceiling(row),
+        "ceiling": lambda: ceiling(row),
     }
     return where[row["kind"]]()
 
@@ -34,9 +34,7 @@ def tables(rows: Iterable[Row]) -> str:
     """Markdown: the machine, its ceilings, a table a group of kernels, one a model and batch."""
     rows = list(rows)
     parts = [_machine(row) for row in rows if row["kind"] == "machine"]
-    ceilings = [_ceiling(row) for row in rows if row["kind"] == "ceiling"]
-    if ceilings:
-        parts.append(_table(_CEILINGS, ceilings))
+    parts += ceilings(rows)
     kernels: dict[str, list[str]] = {}
     models: dict[str, list[str]] = {}
     for row in rows:
@@ -46,12 +44,19 @@ def tables(rows: Iterable[Row]) -> str:
         elif row["kind"] == "model":
             title = f"{row['model']}, batch {row['batch']}"
             models.setdefault(title, []).append(_model(row))
-    parts += [f"### {title}\n\n{_table(_KERNELS, found)}" for title, found in kernels.items()]
-    parts += [f"### {title}\n\n{_table(_MODELS, found)}" for title, found in models.items()]
+    parts += [f"### {title}\n\n{table(_KERNELS, found)}" for title, found in kernels.items()]
+    parts += [f"### {title}\n\n{table(_MODELS, found)}" for title, found in models.items()]
     return "\n\n".join(parts) + "\n"
 
 
-def _table(head: str, lines: list[str]) -> str:
+def ceilings(rows: Iterable[Row]) -> list[str]:
+    """The table of ceilings, if there are any."""
+    found = [ceiling(row) for row in rows if row["kind"] == "ceiling"]
+    return [table(_CEILINGS, found)] if found else []
+
+
+def table(head: str, lines: list[str]) -> str:
+    """Lines under a head."""
     return "\n".join([head, "|" + "---|" * (head.count("|") - 1), *lines])
 
 
@@ -67,50 +72,55 @@ def _machine(row: Row) -> str:
     )
 
 
-def _ceiling(row: Row) -> str:
+def ceiling(row: Row) -> str:
+    """A ceiling's line."""
     rate = row["per_second"]
-    return f"| {row['name']} | {row['what']} | {row['reason'] if rate is None else _giga(rate)} |"
+    return f"| {row['name']} | {row['what']} | {row['reason'] if rate is None else giga(rate)} |"
 
 
-def _giga(rate: float) -> str:
+def giga(rate: float) -> str:
+    """A rate in billions."""
     return f"{rate / 1e9:.1f} G"
 
 
 def _kernel(row: Row) -> str:
-    cells = [row["name"], *_times(row)[:2], _ratio(row["vs_linear"])]
+    shown = [row["name"], *times(row)[:2], ratio(row["vs_linear"])]
     share = "" if row["share"] is None else f"{row['share']:.0%}"
-    cells += [share, row["bound_by"] or "", row["implementation"], row["check"] or ""]
-    return _cells(cells)
+    shown += [share, row["bound_by"] or "", row["implementation"], row["check"] or ""]
+    return cells(shown)
 
 
 def _model(row: Row) -> str:
     each = row["images_per_second"]
-    cells = [row["variant"], *_times(row), "" if each is None else f"{each:.1f}"]
-    cells += [_ratio(row[key]) for key in ("vs_mamba", "vs_compile", "vs_onnx")]
-    cells.append("; ".join(one for one in (row["check"], row["note"]) if one))
-    return _cells(cells)
+    shown = [row["variant"], *times(row), "" if each is None else f"{each:.1f}"]
+    shown += [ratio(row[key]) for key in ("vs_mamba", "vs_compile", "vs_onnx")]
+    shown.append("; ".join(one for one in (row["check"], row["note"]) if one))
+    return cells(shown)
 
 
-def _times(row: Row) -> list[str]:
+def times(row: Row) -> list[str]:
     """Median, quartiles, extremes; the reason where there is no time."""
     if row["ms"] is None:
         return [f"no time: {row['reason']}", "", ""]
     return [
-        _digits(row["ms"]),
-        f"{_digits(row['ms_q1'])} - {_digits(row['ms_q3'])}",
-        f"{_digits(row['ms_min'])} - {_digits(row['ms_max'])}",
+        digits(row["ms"]),
+        f"{digits(row['ms_q1'])} - {digits(row['ms_q3'])}",
+        f"{digits(row['ms_min'])} - {digits(row['ms_max'])}",
     ]
 
 
-def _digits(value: float) -> str:
+def digits(value: float) -> str:
+    """Milliseconds, as many digits as they are worth."""
     return f"{value:.3f}" if value < 1 else f"{value:.2f}" if value < 10 else f"{value:.1f}"
 
 
-def _ratio(value: float | None) -> str:
+def ratio(value: float | None) -> str:
+    """A ratio, if there is one."""
     return "" if value is None else f"{value:.2f}"
 
 
-def _cells(cells: list[str]) -> str:
+def cells(cells: list[str]) -> str:
+    """A line of a table."""
     return "| " + " | ".join(one.replace("|", "/") for one in cells) + " |"
 
 

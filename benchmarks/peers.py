@@ -6,7 +6,7 @@ import ast
 import copy
 import importlib.util
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from ouro_compiler.graph import is_op
 from ouro_compiler.kernels.dispatch import Implementation, function_on, register
 from ouro_compiler.ops.causal_conv1d import causal_conv1d_ref
 from ouro_compiler.ops.norm import add_norm_ref
-from ouro_compiler.ops.selective_scan import selective_scan_implementation
 
 Model = Callable[[Tensor], Any]
 PLAIN: dict[str, Callable[..., Any]] = {
@@ -80,13 +79,13 @@ def mamba_scan() -> Callable[..., Tensor]:
 
 
 @contextmanager
-def scan_by(kernel: Callable[..., Tensor]) -> Iterator[None]:
-    """Inside, `ouro::selective_scan` on a CPU is `kernel`."""
+def operators_by(kernels: Mapping[str, Callable[..., Any]], device: str = "cpu") -> Iterator[None]:
+    """Inside, `ouro` operators on a kind of device are these, by name."""
     library = torch.library.Library("ouro", "IMPL")
-    implementation = Implementation(kernel, selective_scan_implementation, lambda *_, **__: None)
+    found = {name: Implementation(one, one, lambda *_, **__: None) for name, one in kernels.items()}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Warning only once for all operators")
-        register("CPU", {"selective_scan": implementation}, library)
+        register(device.upper(), found, library)
     try:
         yield
     finally:
@@ -151,6 +150,12 @@ def inductor_bf16(model: nn.Module, images: Tensor) -> Model:
     half = images.bfloat16()
     compiled = inductor(plain_graph(copy.deepcopy(model).bfloat16(), half), half)
     return lambda given: compiled(given.bfloat16()).float()
+
+
+def inductor_max_autotune(model: nn.Module, images: Tensor) -> Model:
+    """The model compiled by Inductor around our scan, kernels and CUDA graphs tuned for speed."""
+    compiled = torch.compile(plain_graph(model, images), dynamic=False, mode="max-autotune")
+    return lambda given: compiled(given).clone()  # its CUDA graphs write outputs again
 
 
 def torchao_int8(model: nn.Module, images: Tensor) -> Model:

@@ -8,6 +8,7 @@ from pathlib import Path
 import benchmarks.accuracy
 import benchmarks.cpu
 import benchmarks.fidelity
+import benchmarks.gpu
 import benchmarks.models
 import benchmarks.offline
 import benchmarks.onnx_export
@@ -22,15 +23,20 @@ def main() -> None:
     parser.add_argument("--suite", required=True, choices=sorted(SUITES))
     parser.add_argument("--arch", default="sm_80,sm_89,sm_90", help="architectures (offline)")
     parser.add_argument(
-        "--models", help="with commas (models, cpu, synthesis, accuracy, outliers, onnx)"
+        "--models", help="with commas (models, cpu, gpu, synthesis, accuracy, outliers, onnx)"
     )
-    parser.add_argument("--images", type=int, default=2, help="calibration images (models, cpu)")
+    parser.add_argument(
+        "--images", type=int, default=2, help="calibration images (models, cpu, gpu)"
+    )
     parser.add_argument("--steps", type=int, default=60, help="steps a case (training)")
     parser.add_argument("--seeds", default="0,1,2", help="with commas (synthesis, accuracy)")
     parser.add_argument("--workers", type=int, default=1, help="models at a time (accuracy)")
     parser.add_argument("--filter", help="a regular expression that rows' names match")
-    parser.add_argument("--batches", default="1,8", help="batch sizes, with commas (cpu)")
-    parser.add_argument("--rounds", type=int, default=9, help="turns of every variant (cpu, onnx)")
+    parser.add_argument("--batches", help="batch sizes, with commas (cpu: 1,8; gpu: 1,8,32,128)")
+    parser.add_argument(
+        "--rounds", type=int, default=9, help="turns of every variant (cpu, gpu, onnx)"
+    )
+    parser.add_argument("--artefacts", type=Path, help="keep compiled models in a folder (gpu)")
     parser.add_argument("--json", type=Path, help="write the rows, with what they were made with")
     given = parser.parse_args()
     if given.workers < 1:

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import checks, cpu, cpu_kernels, peers
+from benchmarks import checks, cpu, cpu_kernels, kernel_cases, peers
 from benchmarks.ceilings import Work, measure_ceilings, shortest_seconds
-from benchmarks.cpu_models import VARIANTS, Built, Subject, Variant, measure_model
+from benchmarks.cpu_models import VARIANTS, measure_model
 from benchmarks.cpu_table import tables
+from benchmarks.subjects import Built, Subject, Variant
 from benchmarks.timing import Candidate, summary, take_turns
 from ouro_compiler.kernels.cpp.toolchain import find_toolchain
 from tests.helpers import mamba_selective_scan_ref, randn
@@ -94,7 +95,10 @@ def test_wrong_and_missing_variants_get_no_time() -> None:
         "scan of zeros": Variant(
             "fp32",
             lambda subject, images: Built(
-                subject.model, context=lambda: peers.scan_by(lambda u, *_: u.new_zeros(u.shape))
+                subject.model,
+                context=lambda: peers.operators_by(
+                    {"selective_scan": lambda u, *_: u.new_zeros(u.shape)}
+                ),
             ),
         ),
         "noise": Variant("integer", lambda subject, images: Built(lambda given: randn(1, 1, 10))),
@@ -112,11 +116,11 @@ def test_wrong_and_missing_variants_get_no_time() -> None:
 
 def test_a_wrong_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        cpu_kernels,
+        kernel_cases,
         "function_on",
         lambda device, name: lambda codes, *rest: torch.zeros(*codes.shape[:2], rest[4].shape[0]),
     )
-    groups = cpu_kernels.chosen_groups([1], "linear Vim-T dt_proj")
+    groups = kernel_cases.chosen_groups([1], "linear Vim-T dt_proj")
     rows = cpu_kernels.measure_kernels(groups, [], rounds=1)
     assert [row["ms"] is None for row in rows] == [False, True, True, True]
     assert "is not the reference's" in rows[1]["reason"]
@@ -136,7 +140,7 @@ def test_mambas_function_out_of_its_file() -> None:
     A, B, C = -randn(4, 6, 3).exp(), randn(5, 2, 3, 9), randn(6, 2, 3, 9)
     args = (A, B, C, randn(7, 6), z, randn(8, 6), True)
     assert torch.equal(found(u, delta, *args), reference(u, delta, *args))
-    with peers.scan_by(found):
+    with peers.operators_by({"selective_scan": found}):
         backwards = torch.ops.ouro.selective_scan(u, delta, *args, True)
     assert torch.allclose(
         backwards, torch.ops.ouro.selective_scan(u, delta, *args, True), atol=1e-5

@@ -16,7 +16,8 @@ from ouro_compiler.kernels.cpp import launch as cpp_launch
 from ouro_compiler.kernels.dispatch import ReferenceWarning
 from ouro_compiler.kernels.launch import Launch
 from ouro_compiler.runtime.compiled_model import CompiledModel
-from ouro_compiler.runtime.cpu_runner import CpuRunner, fold_constants
+from ouro_compiler.runtime.cpu_runner import CpuRunner
+from ouro_compiler.runtime.folding import fold_constants
 from ouro_compiler.runtime.tape import Tape, _Buffer, _place
 from tests.models import images, small_vim
 

@@ -15,13 +15,17 @@ from ouro_compiler.config import Target
 from ouro_compiler.errors import DeviceError, UsageError
 from ouro_compiler.report_view import ReportView
 from ouro_compiler.runtime.cpu_runner import CpuRunner
+from ouro_compiler.runtime.cuda_runner import CudaRunner, device_of
 
 
 class CompiledModel(nn.Module):
     """A compiled, quantized model: images (B, C, H, W) fp32 -> what the original model returns.
 
-    Built by `ouro_compiler.compile` or `ouro_compiler.load`.
+    Built by `ouro_compiler.compile` or `ouro_compiler.load`. cuda_graphs: on a GPU, batch sizes
+    that come again run as CUDA graphs; set it to False where a framework has its own.
     """
+
+    cuda_graphs: bool = True
 
     def __init__(self, program: torch.export.ExportedProgram, manifest: Mapping[str, Any]) -> None:
         super().__init__()
@@ -31,15 +35,18 @@ class CompiledModel(nn.Module):
         module = program.module(check_guards=False)
         assert isinstance(module, fx.GraphModule)
         self.graph_module = module
-        self._on_cpu: CpuRunner | None = None
+        self._runner: CpuRunner | CudaRunner | None = None
 
     def forward(self, images: Tensor) -> Tensor:
         """Run a batch. Raises UsageError if the images have another shape."""
         self._check(images)
-        if images.device.type != "cpu":
+        if images.device.type not in ("cpu", "cuda"):
             with torch.no_grad():
                 return self.graph_module(images)
-        return self._runner(images)(images)
+        runner = self._runner_for(images)
+        if isinstance(runner, CudaRunner):
+            return runner(images, graphs=self.cuda_graphs)
+        return runner(images)
 
     def _check(self, images: Tensor) -> None:
         expected = list(self.manifest["input"]["shape"])
@@ -49,12 +56,15 @@ class CompiledModel(nn.Module):
                 f"{_shown(images.shape)}: resize them, or compile for that resolution"
             )
 
-    def _runner(self, images: Tensor) -> CpuRunner:
+    def _runner_for(self, images: Tensor) -> CpuRunner | CudaRunner:
         if images.dtype != torch.float32:
             raise UsageError(f"images are {images.dtype}: pass them as torch.float32")
-        if self._on_cpu is None:
-            self._on_cpu = CpuRunner(self.graph_module)
-        return self._on_cpu
+        device = device_of(self.graph_module)
+        if images.device != device:
+            raise UsageError(f"images are on {images.device}, the model is on {device}: move one")
+        if self._runner is None:
+            self._runner = runner_of(self.graph_module)
+        return self._runner
 
     def traced(self, images: Tensor, labels: Mapping[str, str] | None = None) -> Tensor:
         """Run a batch on the CPU; under `torch.profiler` every node is a range of its own.
@@ -64,13 +74,15 @@ class CompiledModel(nn.Module):
         if images.device.type != "cpu":
             raise DeviceError("nodes are traced on the cpu: pass images that are there")
         self._check(images)
-        return self._runner(images).traced(images, labels or {})
+        runner = self._runner_for(images)
+        assert isinstance(runner, CpuRunner)  # the model is where the images are
+        return runner.traced(images, labels or {})
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_on_cpu": None}  # addresses mean nothing in a copy
+        return {**self.__dict__, "_runner": None}  # addresses mean nothing in a copy
 
     def _apply(self, *args: Any, **kwargs: Any) -> CompiledModel:
-        self._on_cpu = None  # its constants are copies, left where they were
+        self._runner = None  # its constants are copies, left where they were
         return super()._apply(*args, **kwargs)
 
     @property
@@ -94,6 +106,11 @@ class CompiledModel(nn.Module):
         from ouro_compiler.runtime.artifact import save
 
         save(self, path)
+
+
+def runner_of(gm: fx.GraphModule) -> CpuRunner | CudaRunner:
+    """What runs a graph of one input on the device of its constants."""
+    return CudaRunner(gm) if device_of(gm).type == "cuda" else CpuRunner(gm)
 
 
 def _shown(shape: Sequence[int]) -> str:

@@ -20,6 +20,7 @@ from ouro_compiler.kernels.cuda import IMPLEMENTATIONS
 from ouro_compiler.kernels.dispatch import ReferenceWarning, register
 from ouro_compiler.ops import QUANTIZERS
 from ouro_compiler.ops.causal_conv1d import causal_conv1d_ref
+from ouro_compiler.runtime.folding import call_directly, fold_constants
 from tests.helpers import randn
 from tests.kernels.inputs import on
 from tests.models import compiled_vim, images
@@ -83,6 +84,20 @@ def test_model(name: str, device: str) -> None:
     assert len(differences) == (12 if config.ssm == "params" else 6)
     assert sum(int((one > 0).sum()) for one in differences) <= 2e-3 * total
     assert snr_db(expected, found) > 30
+
+
+@pytest.mark.slow  # interpreted, it takes half a minute
+def test_direct_calls_of_a_folded_graph_give_its_bits(device: str) -> None:
+    """What a compiled model's CUDA graph captures."""
+    model = compiled_vim()
+    batch = images(1, seed=3).to(device)
+    with kernels_on(device), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error", ReferenceWarning)
+        graph = model.to(device).graph_module
+        found = call_directly(fold_constants(graph), "cuda")(batch)
+        expected = graph(batch)
+    model.to("cpu")
+    assert torch.equal(found, expected)
 
 
 def test_what_no_kernel_takes_runs_the_reference_with_a_warning(device: str) -> None:
