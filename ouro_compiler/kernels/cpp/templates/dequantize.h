@@ -46,10 +46,26 @@ template <int DTYPE> struct Quantized {
         return listed ? load<DTYPE>((const stored<DTYPE>*)x + sample * sx_b + t * sx_l + first, count) : inlier;
     }
 
+    // Is one of these channels ever listed?
+    bool lists(int64_t sample, int64_t first, int count) const {
+        const int64_t windows = (length + window - 1) / window;
+        ivec listed = {};
+        for (int64_t w = 0; w < windows; w++)
+            listed |= load_start(start, wide_start, (sample * windows + w) * columns + first,
+                                 count) < int32_t(window);
+        return any(listed);
+    }
+
     // f(t, values) for tokens begin ... end - 1, whose `tokens` are given, in memory's order.
+    // listing: what `lists` says.
     template <class Count, class F>
-    void each_token(const Token* tokens, int64_t sample, int64_t begin, int64_t end, int64_t first,
-                    Count count, const F& f) const {
+    void each_token(const Token* tokens, bool listing, int64_t sample, int64_t begin, int64_t end,
+                    int64_t first, Count count, const F& f) const {
+        if (!listing) {
+            for (int64_t t = begin; t < end; t++)
+                f(t, inliers(tokens[t], sample, t, first, count));
+            return;
+        }
         for (int64_t t = begin; t < end;) {
             const int32_t position = tokens[t].position;
             const int64_t left = reverse ? position + 1 : window - position;

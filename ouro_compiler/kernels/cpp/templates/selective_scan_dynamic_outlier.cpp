@@ -15,9 +15,10 @@ static void read_tokens(const Operand& q, int64_t sample, Token* tokens) {
 static void dequantize_rows(const Operand& q, const Token* tokens, int64_t sample, int64_t group,
                             float* to) {
     each_vector(STATES, [&](int64_t v, auto lanes) {
-        const int64_t first = v * LANES;
-        q.each_token(tokens, sample, 0, q.length, group * STATES + first, lanes,
-                     [=](int64_t t, vec x) { store<FP32>(to + t * STATES + first, x, lanes); });
+        const int64_t row = v * LANES, first = group * STATES + row;
+        const bool listing = q.lists(sample, first, lanes);
+        q.each_token(tokens, listing, sample, 0, q.length, first, lanes,
+                     [=](int64_t t, vec x) { store<FP32>(to + t * STATES + row, x, lanes); });
     });
 }
 
@@ -72,12 +73,14 @@ extern "C" void selective_scan_dynamic_outlier(
                       su_l, sz_l, channels,
                       b.data, c.data, 1, STATES, 1, STATES};
             const vec bias = read_lanes(delta_bias, bias_dtype, d, 1, lanes);
+            const bool listing = step.lists(sample, d, lanes);
             auto load_delta = [&](int64_t begin, int count, vec* to) {
+                const int64_t end = begin + count;
                 auto keep = [=](int64_t t, vec x) { to[t - begin] = x + bias; };
                 if (lanes == LANES)
-                    step.each_token(tokens.data, sample, begin, begin + count, d, all_lanes{}, keep);
+                    step.each_token(tokens.data, listing, sample, begin, end, d, all_lanes{}, keep);
                 else
-                    step.each_token(tokens.data, sample, begin, begin + count, d, lanes, keep);
+                    step.each_token(tokens.data, listing, sample, begin, end, d, lanes, keep);
             };
             const vec skip = read_lanes(D, D_dtype, d, 1, lanes);
             scan(s, load_delta, a, skip, delta_softplus, length, lanes);
