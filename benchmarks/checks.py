@@ -122,7 +122,8 @@ def compare(name: str, found: Any, expected: Any) -> None:
     found, expected = (
         one if isinstance(one, tuple | list) else (one,) for one in (found, expected)
     )
-    allowed = 0.0 if name in _EXACT or name == "selective_scan" else _FLIPS
+    scan = name in ("selective_scan", "selective_scan_dynamic_outlier")
+    allowed = 0.0 if name in _EXACT or scan else _FLIPS
     for number, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
         if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
             raise WrongError(f"ouro::{name}: result {number} has another shape or dtype")

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.registry import Row, suite
-from ouro_compiler.kernels import linear, quantize, quantized_scan, scan
+from ouro_compiler.kernels import linear, quantize, quantized_scan, scan, scan_dynamic_outlier
 from ouro_compiler.kernels.launch import Launch, record_launches
 from ouro_compiler.kernels.offline import compile_ahead, parse_architectures
 from ouro_compiler.kernels.spec import Template
@@ -93,6 +93,30 @@ def scan_case(
     )
 
 
+def scan_dynamic_outlier_case(
+    channels: int, states: int, *, outlier_bits: int = 8, whole: bool = False
+) -> None:
+    """Launch a scan on quantized operands; `whole` adds softplus, delta's bias and the gate."""
+
+    def operand(columns: int, zero: bool) -> list[Tensor | None]:
+        return [
+            torch.empty(BATCH, LENGTH, columns, dtype=torch.int8),
+            _scales()[0],
+            torch.empty(LENGTH, dtype=torch.uint8) if zero else None,
+            torch.empty(BATCH, LENGTH),
+            torch.empty(BATCH, WINDOWS, columns, dtype=torch.uint8),
+            torch.empty(BATCH, LENGTH, columns) if outlier_bits == 16 else None,
+        ]
+
+    scan_dynamic_outlier.selective_scan_dynamic_outlier(
+        *(_tokens(channels, FULL), operand(channels, True), torch.empty(channels, states)),
+        *(operand(states, False), operand(states, False), torch.empty(channels)),
+        _tokens(channels, FULL) if whole else None,
+        torch.empty(channels) if whole else None,
+        *(whole, 4, outlier_bits, PERIOD, False),
+    )
+
+
 def quantized_scan_case(
     channels: int,
     states: int,
@@ -164,6 +188,10 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     yield "scan N=16 gate, softplus", _bind(scan_case, 384, 16, whole=True)
     yield "scan N=16 reverse", _bind(scan_case, 384, 16, reverse=True)
     yield "scan N=1 4 groups", _bind(scan_case, 384, 1, groups=4)
+    for states in (16, 8, 1):
+        yield f"scan N={states} on codes", _bind(scan_dynamic_outlier_case, 384, states)
+    yield "scan N=16 codes, fp", _bind(scan_dynamic_outlier_case, 384, 16, outlier_bits=16)
+    yield "scan N=16 codes, whole", _bind(scan_dynamic_outlier_case, 384, 16, whole=True)
     for states in (16, 8, 1):
         yield f"scan N={states} quantized", _bind(quantized_scan_case, 384, states)
     yield "scan N=16 log2", _bind(quantized_scan_case, 384, 16, logarithmic=True)

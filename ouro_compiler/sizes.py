@@ -76,6 +76,9 @@ def _part_by_reader(user: fx.Node, operand: fx.Node) -> str:
         return _part(user) if index == 0 else WEIGHT_SCALES
     if is_op(user, _OURO.selective_scan.default):
         return SSM if index in (2, 5) else OTHER
+    if is_op(user, _OURO.selective_scan_dynamic_outlier.default):
+        # Scales are parts of the lists that delta, B and C are.
+        return SSM if index in (2, 5) else ACTIVATION_SCALES if index < 0 else OTHER
     if is_op(user, _OURO.quantized_selective_scan.default):
         return SSM if index in (2, 5) else ACTIVATION_SCALES if 7 <= index <= 12 else OTHER
     if is_op(user, aten.linear.default) and index == 1:

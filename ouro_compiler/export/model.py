@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 
 INPUT, OUTPUT, BATCH = "images", "logits", "batch"
 _CHECKS = (aten._assert_tensor_metadata.default, aten._assert_scalar.default)
-_IN_THE_GRAPH = (torch.ops.ouro.selective_scan.default,)  # no functions
+_IN_THE_GRAPH = (  # no functions
+    torch.ops.ouro.selective_scan.default,
+    torch.ops.ouro.selective_scan_dynamic_outlier.default,
+)
 _LARGEST = 2**31 - 1  # bytes of one protocol buffer
 
 

@@ -8,6 +8,9 @@ where thresholds lie above the inlier range, which is checked here. Codes are ui
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, fx
 
@@ -168,20 +171,25 @@ def windowed_or(emit: Emitter, mask: str, length: int, period: int, reverse: boo
 
 @translates(_OURO.dequantize_dynamic_outlier.default)
 def _dequantize(emit: Emitter, node: fx.Node) -> str:
-    codes = plain_codes(emit, emit.get(argument(node, "codes")))
-    zero, bits = _zero_point(emit, node), argument(node, "inlier_bits")
+    names = ("codes", "inlier_scale", "zero_point", "outlier_scale", "outlier_start", "x")
+    return dequantize(emit, node, [argument(node, name) for name in names])
+
+
+def dequantize(emit: Emitter, node: fx.Node, operand: Sequence[Any]) -> str:
+    """fp32 (B, L, K) of `dequantize_dynamic_outlier`'s six tensors, with the bits of a node."""
+    stored, inlier_scale, zero_point, outlier_scale, start, x = operand
+    codes = plain_codes(emit, emit.get(stored))
     inliers = codes
-    if zero is not None:
-        shift = emit.op("Sub", emit.number(float(2 ** (bits - 1))), zero)
-        inliers = emit.op("Add", codes, shift)
-    inliers = emit.op("Mul", inliers, emit.column(argument(node, "inlier_scale")))
-    listed = emit.get(argument(node, "outlier_start"))
+    if zero_point is not None:
+        half = emit.number(float(2 ** (argument(node, "inlier_bits") - 1)))
+        inliers = emit.op("Add", codes, emit.op("Sub", half, emit.column(zero_point)))
+    inliers = emit.op("Mul", inliers, emit.column(inlier_scale))
+    listed = emit.get(start)
     if listed in emit.empty_lists:
         return inliers
     if argument(node, "outlier_bits") == KEEP_FLOAT_BITS:
-        return emit.op("Where", listed, emit.real(argument(node, "x")), inliers)
-    outlier_scale = emit.column(argument(node, "outlier_scale"))
-    return emit.op("Where", listed, emit.op("Mul", codes, outlier_scale), inliers)
+        return emit.op("Where", listed, emit.real(x), inliers)
+    return emit.op("Where", listed, emit.op("Mul", codes, emit.column(outlier_scale)), inliers)
 
 
 def plain_codes(emit: Emitter, stored: str) -> str:

@@ -1,4 +1,4 @@
-"""Translations of `ouro::selective_scan`: one ONNX Scan, or one com.microsoft LinearAttention.
+"""Translations of the selective scans: one ONNX Scan, or one com.microsoft LinearAttention.
 
 The Scan walks L steps of six nodes over a state (B, D, N), or (B, G, D/G, N) where B and C come in
 groups; a reversed scan has reversed directions of inputs and output, and nothing is flipped.
@@ -8,11 +8,14 @@ query C, key B, value Delta u and decay Delta A, its state (N, 1) a head.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import torch
 from torch import fx
 
 from ouro_compiler.errors import ModelError
 from ouro_compiler.export.emitter import CONTRIB, Emitter, static, translates
+from ouro_compiler.export.quantizers import dequantize
 from ouro_compiler.export.views import flipped
 from ouro_compiler.graph import argument, value_of
 from ouro_compiler.ops.chunked_scan import groups_of
@@ -20,22 +23,58 @@ from ouro_compiler.ops.chunked_scan import groups_of
 _OURO = torch.ops.ouro
 
 
+@dataclass(frozen=True)
+class _Operands:
+    """What a scan reads, in fp32: u and delta (B, D, L), B and C (B, G, N, L) or (B, N, L)."""
+
+    u: str
+    delta: str
+    B: str
+    C: str
+    groups: int
+    grouped: tuple[bool, bool]  # do B and C have four dimensions?
+
+
 @translates(_OURO.selective_scan.default)
 def _selective_scan(emit: Emitter, node: fx.Node) -> str:
+    B, C = argument(node, "B"), argument(node, "C")
+    u, delta = (emit.real(argument(node, name)) for name in ("u", "delta"))
+    ranks = value_of(B).dim() == 4, value_of(C).dim() == 4
+    groups = int(groups_of(value_of(B)))
+    given = _Operands(u, delta, emit.real(B), emit.real(C), groups, ranks)
+    return _translated(emit, node, given)
+
+
+@translates(_OURO.selective_scan_dynamic_outlier.default)
+def _selective_scan_dynamic_outlier(emit: Emitter, node: fx.Node) -> str:
+    def turned(name: str) -> str:
+        return emit.op("Transpose", dequantize(emit, node, argument(node, name)), perm=[0, 2, 1])
+
+    A, (codes, *_) = argument(node, "A"), argument(node, "B")
+    length = int(value_of(node).shape[2])
+    states = int(value_of(A).shape[1])
+    groups = int(value_of(codes).shape[2]) // states
+    delta, B, C = (turned(name) for name in ("delta", "B", "C"))
+    if groups > 1:
+        shape = emit.integers(0, groups, states, length)
+        B, C = (emit.op("Reshape", one, shape) for one in (B, C))
+    u = emit.real(argument(node, "u"))
+    return _translated(emit, node, _Operands(u, delta, B, C, groups, (groups > 1, groups > 1)))
+
+
+def _translated(emit: Emitter, node: fx.Node, given: _Operands) -> str:
     if value_of(node).dtype == torch.float64:
         raise ModelError(f"{node.name}: ONNX export has scans in fp32 only")
-    u = emit.real(argument(node, "u"))
-    delta = emit.real(argument(node, "delta"))
+    u, delta = given.u, given.delta
     bias = argument(node, "delta_bias")
     if bias is not None:
         delta = emit.op("Add", delta, emit.column(bias))
     if argument(node, "delta_softplus"):
         delta = emit.op("Softplus", delta)
     shape = [static(one) for one in value_of(argument(node, "A")).shape]
-    groups = groups_of(value_of(argument(node, "B")))
-    sizes = [int(groups), *(int(one) for one in shape if one is not None)]
+    sizes = [int(one) for one in shape if one is not None]
     form = _attention if emit.scan == "contrib" else _scan
-    y = form(emit, node, u, delta, *sizes)
+    y = form(emit, node, replace(given, delta=delta), *sizes)
     skip, gate = argument(node, "D"), argument(node, "z")
     if skip is not None:
         y = emit.op("Add", y, emit.op("Mul", u, emit.column(skip)))
@@ -50,20 +89,20 @@ def _column(emit: Emitter, vector: str) -> str:
     return emit.op("Unsqueeze", vector, emit.integers(-1))
 
 
-def _scan(
-    emit: Emitter, node: fx.Node, u: str, delta: str, groups: int, channels: int, states: int
-) -> str:
+def _scan(emit: Emitter, node: fx.Node, given: _Operands, channels: int, states: int) -> str:
     from onnx import helper
+
+    u, delta, groups = given.u, given.delta, given.groups
 
     # Per step: a column of Delta and of Delta u, a row of B, a column of C.
     inner = (channels,) if groups == 1 else (groups, channels // groups)
     rank = len(inner) + 1  # of a step's operands without their last or last but one dimension
     moment = emit.op("Mul", delta, u)
     columns = [_steps(emit, one, inner) for one in (delta, moment)]
-    rows, outs = (emit.real(argument(node, name)) for name in ("B", "C"))
-    if groups == 1 and value_of(argument(node, "B")).dim() == 4:
+    rows, outs = given.B, given.C
+    if groups == 1 and given.grouped[0]:
         rows = emit.op("Squeeze", rows, emit.integers(1))
-    if groups == 1 and value_of(argument(node, "C")).dim() == 4:
+    if groups == 1 and given.grouped[1]:
         outs = emit.op("Squeeze", outs, emit.integers(1))
     rows = emit.op("Unsqueeze", rows, emit.integers(rank - 1))
     outs = emit.op("Unsqueeze", outs, emit.integers(rank))
@@ -117,32 +156,29 @@ def _steps(emit: Emitter, name: str, inner: tuple[int, ...]) -> str:
     return emit.op("Reshape", name, emit.integers(0, *inner, -1, 1))
 
 
-def _attention(
-    emit: Emitter, node: fx.Node, u: str, delta: str, groups: int, channels: int, states: int
-) -> str:
-    backwards = argument(node, "reverse")
+def _attention(emit: Emitter, node: fx.Node, given: _Operands, channels: int, states: int) -> str:
+    backwards, groups = argument(node, "reverse"), given.groups
 
     def tokens(name: str) -> str:
         """(B, D, L) -> (B, L, D), in scan order."""
         turned = emit.op("Transpose", name, perm=[0, 2, 1])
         return flipped(emit, turned, 1) if backwards else turned
 
-    def grouped(name: str) -> str:
+    def grouped(matrix: str) -> str:
         """(B, N, L) or (B, G, N, L) -> (B, L, G N)."""
-        matrix = emit.real(argument(node, name))
         length = int(value_of(node).shape[2])
         return tokens(emit.op("Reshape", matrix, emit.integers(0, groups * states, length)))
 
-    step = tokens(delta)
-    value = emit.op("Mul", step, tokens(u))
+    step = tokens(given.delta)
+    value = emit.op("Mul", step, tokens(given.u))
     exponent = emit.op("Mul", _column(emit, step), emit.real(argument(node, "A")))
     decay = emit.op("Reshape", exponent, emit.integers(0, 0, channels * states))
-    key = emit.op("Reshape", grouped("B"), emit.integers(0, 0, groups, 1, states))
+    key = emit.op("Reshape", grouped(given.B), emit.integers(0, 0, groups, 1, states))
     key = emit.op("Tile", key, emit.integers(1, 1, 1, channels // groups, 1))
     key = emit.op("Reshape", key, emit.integers(0, 0, channels * states))
     y, _ = emit.multi(
         "LinearAttention",
-        [grouped("C"), key, value, None, decay],
+        [grouped(given.C), key, value, None, decay],
         2,
         domain=CONTRIB,
         q_num_heads=groups,

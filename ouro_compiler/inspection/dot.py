@@ -23,6 +23,7 @@ _STYLES = {
     "ouro.linear_dynamic_outlier": {"fillcolor": "#bbdefb"},
     "ouro.quantized_selective_scan": {"fillcolor": "#c8e6c9"},
     "ouro.selective_scan": {"fillcolor": "#c8e6c9"},
+    "ouro.selective_scan_dynamic_outlier": {"fillcolor": "#c8e6c9"},
     "placeholder": _ENDS,
     "output": _ENDS,
 }
@@ -36,7 +37,12 @@ VIEWS = frozenset(
 # Words that mean something else to Graphviz.
 _RENAMED = {"shape": "tensor_shape", "layer": "model_layer"}
 # Operands that look alike in a picture and are not: their edges carry names.
-_NAMED_EDGES = frozenset({"ouro.quantized_selective_scan", "ouro.selective_scan"})
+_NAMED_EDGES = frozenset(
+    (
+        *("ouro.quantized_selective_scan", "ouro.selective_scan"),
+        "ouro.selective_scan_dynamic_outlier",
+    )
+)
 
 
 def to_dot(network: nx.DiGraph) -> str:

@@ -16,11 +16,12 @@ from ouro_compiler.ops import QUANTIZERS
 NODES_SCHEMA_VERSION = 1
 QUANTIZER_NAMES = tuple(str(op).removesuffix(".default") for op in QUANTIZERS)
 _FAKE_QUANTIZE = torch.ops.ouro.fake_quantize.default
-# The operand that holds a quantized node's scales.
+# The operand that holds a quantized node's scales; of a scan on codes, delta's are shown.
 _SCALED = {
     **dict.fromkeys(QUANTIZER_NAMES, "inlier_scale"),
     "ouro.dequantize_dynamic_outlier": "inlier_scale",
     "ouro.linear_dynamic_outlier": "weight_scale",
+    "ouro.selective_scan_dynamic_outlier": "delta",
     "ouro.dequantize_weight": "weight_scale",
     "ouro.fake_quantize": "scale",
 }
@@ -70,7 +71,10 @@ def _quantization(
     held = {one.name for one in node.target._schema.arguments}  # type: ignore[union-attr]
     found: dict[str, Any] = {"bits": argument(node, "bits" if "bits" in held else "inlier_bits")}
     found.update({key: argument(node, key) for key in ("outlier_bits", "reverse") if key in held})
-    scale = get_constant(gm, argument(node, _SCALED[op]))
+    operand = argument(node, _SCALED[op])
+    if isinstance(operand, (list, tuple)):  # codes, inlier_scale, ...
+        operand = operand[1]
+    scale = get_constant(gm, operand)
     if scale is not None:
         scale = scale.float()
         found["scale"] = {

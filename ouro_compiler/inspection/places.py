@@ -26,6 +26,7 @@ _NAMING_OPERAND = {
     "ouro.linear_dynamic_outlier": "qweight",
     "ouro.quantized_selective_scan": "A",
     "ouro.selective_scan": "A",
+    "ouro.selective_scan_dynamic_outlier": "A",
 }
 # Literals that export lifted out of the code: they say nothing about the place of their reader.
 _LITERAL = re.compile(r"_?(lifted_)?(tensor_constant|tensor|constant)_?\d+\w*")
@@ -84,7 +85,7 @@ def layer_names(gm: fx.GraphModule) -> dict[str, str]:
             found[node.name] = str(written)
         elif names:
             owner = names[0].rpartition(".")[0]
-            if op_name(node).endswith("selective_scan"):
+            if "selective_scan" in op_name(node):
                 owner = _scan_name(node, owner)
             found[node.name] = owner
     return found

@@ -20,7 +20,10 @@ from ouro_compiler.ops.quantize import listed_mask, quantize_asymmetric, quantiz
 
 _CONV_QUANTIZE = torch.ops.ouro.causal_conv1d_quantize.default
 _LINEAR = torch.ops.ouro.linear_dynamic_outlier.default
-_SCAN = torch.ops.ouro.selective_scan.default
+_SCANS = (
+    torch.ops.ouro.selective_scan.default,
+    torch.ops.ouro.selective_scan_dynamic_outlier.default,
+)
 _FAKE_QUANTIZE = torch.ops.ouro.fake_quantize.default
 _CODES = 256
 
@@ -109,7 +112,7 @@ class _Outputs(fx.Interpreter):
         name = self.layers.get(n.name)
         if name is not None:
             output = value[3] if is_op(n, _CONV_QUANTIZE) else value
-            if is_op(n, _SCAN) and argument(n, "z") is not None:
+            if is_op(n, *_SCANS) and argument(n, "z") is not None:
                 output = self._before_gate(n)
             fused = is_op(n, _LINEAR) and argument(n, "residual") is not None
             if isinstance(output, Tensor) and output.numel() and not fused:
@@ -120,8 +123,9 @@ class _Outputs(fx.Interpreter):
     def _before_gate(self, scan: fx.Node) -> Any:
         """A scan's output without its gate, which quantizers take over."""
         args, kwargs = self.fetch_args_kwargs_from_env(scan)
-        names = [one.name for one in _SCAN._schema.arguments]
-        return _SCAN(**{**dict(zip(names, args, strict=False)), **kwargs, "z": None})
+        target: Any = scan.target
+        names = [one.name for one in target._schema.arguments]
+        return target(**{**dict(zip(names, args, strict=False)), **kwargs, "z": None})
 
 
 class _Probe(_Outputs):

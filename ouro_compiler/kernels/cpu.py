@@ -16,6 +16,7 @@ from ouro_compiler.kernels.cpp import (
     quantized_scan,
     scan,
     scan_backward,
+    scan_dynamic_outlier,
 )
 from ouro_compiler.kernels.dispatch import Implementation, register
 from ouro_compiler.ops import cross_scan, fused
@@ -30,6 +31,7 @@ from ouro_compiler.ops.quantize import (
     quantize_static_outlier_ref,
 )
 from ouro_compiler.ops.quantized_scan import quantized_selective_scan_ref
+from ouro_compiler.ops.scan_dynamic_outlier import selective_scan_dynamic_outlier_implementation
 from ouro_compiler.ops.selective_scan import selective_scan_implementation
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
@@ -69,6 +71,11 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     ),
     "selective_scan": Implementation(
         scan.selective_scan, selective_scan_implementation, scan.refuse_scan
+    ),
+    "selective_scan_dynamic_outlier": Implementation(
+        scan_dynamic_outlier.selective_scan_dynamic_outlier,
+        selective_scan_dynamic_outlier_implementation,
+        scan_dynamic_outlier.refuse_scan_dynamic_outlier,
     ),
     "selective_scan_backward": Implementation(
         scan_backward.selective_scan_backward,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ouro_compiler.kernels import linear, quantize, quantized_scan, scan
+from ouro_compiler.kernels import linear, quantize, quantized_scan, scan, scan_dynamic_outlier
 from ouro_compiler.kernels.dispatch import Implementation, register
 from ouro_compiler.ops import fused
 from ouro_compiler.ops.causal_conv1d import causal_conv1d_ref
@@ -20,6 +20,7 @@ from ouro_compiler.ops.quantize import (
     quantize_dynamic_outlier_ref,
 )
 from ouro_compiler.ops.quantized_scan import quantized_selective_scan_ref
+from ouro_compiler.ops.scan_dynamic_outlier import selective_scan_dynamic_outlier_implementation
 from ouro_compiler.ops.selective_scan import selective_scan_implementation
 
 
@@ -69,6 +70,11 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "causal_conv1d": Implementation(scan.causal_conv1d, causal_conv1d_ref, _refuse_conv),
     "selective_scan": Implementation(
         scan.selective_scan, selective_scan_implementation, _refuse_scan
+    ),
+    "selective_scan_dynamic_outlier": Implementation(
+        scan_dynamic_outlier.selective_scan_dynamic_outlier,
+        selective_scan_dynamic_outlier_implementation,
+        scan_dynamic_outlier.refuse_scan_dynamic_outlier,
     ),
     "quantized_selective_scan": Implementation(
         quantized_scan.quantized_selective_scan,

@@ -21,6 +21,7 @@ class Template(str, Enum):
     LINEAR = "linear_dynamic_outlier"
     CONV = "causal_conv1d"
     SCAN = "selective_scan"
+    SCAN_DYNAMIC_OUTLIER = "selective_scan_dynamic_outlier"
     QUANTIZED_SCAN = "quantized_selective_scan"
     # C++ only
     QUANTIZE_STATIC = "quantize_static_outlier"

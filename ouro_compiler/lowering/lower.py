@@ -16,7 +16,11 @@ from ouro_compiler.lowering.storage import store_as_half
 from ouro_compiler.report import KernelRow, LayerRow
 
 _LINEAR = torch.ops.ouro.linear_dynamic_outlier.default
-_SCANS = (torch.ops.ouro.selective_scan.default, torch.ops.ouro.quantized_selective_scan.default)
+_SCANS = (
+    torch.ops.ouro.selective_scan.default,
+    torch.ops.ouro.selective_scan_dynamic_outlier.default,
+    torch.ops.ouro.quantized_selective_scan.default,
+)
 
 
 def lower(

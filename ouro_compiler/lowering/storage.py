@@ -29,6 +29,7 @@ _UPCASTING = frozenset(
         "quantize_static_outlier",
         "quantized_selective_scan",
         "selective_scan",
+        "selective_scan_dynamic_outlier",
     )
 )
 _EXACT = (

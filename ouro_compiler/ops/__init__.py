@@ -14,6 +14,7 @@ from ouro_compiler.ops import (  # noqa: F401  (imported for registration)
     patched_scan,
     quantize,
     quantized_scan,
+    scan_dynamic_outlier,
     selective_scan,
 )
 

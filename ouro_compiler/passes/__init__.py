@@ -7,6 +7,7 @@ from ouro_compiler.passes.cancel_slices import cancel_slices
 from ouro_compiler.passes.fold_constants import fold_constants
 from ouro_compiler.passes.fold_delta_bias import fold_delta_bias
 from ouro_compiler.passes.fuse_dequantize_epilogue import fuse_dequantize_epilogue
+from ouro_compiler.passes.fuse_dequantize_scan import fuse_dequantize_scan
 from ouro_compiler.passes.fuse_direction_flips import fuse_direction_flips
 from ouro_compiler.passes.fuse_quantize_prologue import fuse_quantize_prologue
 from ouro_compiler.passes.insert_fake_quantize import insert_fake_quantize
@@ -43,6 +44,7 @@ INSERT: tuple[Pass, ...] = (
 QUANTIZE: tuple[Pass, ...] = (
     *INSERT,  # from here on the graph computes in floating point what it will in integers
     fuse_dequantize_epilogue,  # reads what the first pass wrote
-    fuse_quantize_prologue,  # last: which values must be emitted shows once nothing dequantizes
+    fuse_quantize_prologue,  # which values must be emitted shows once no linear dequantizes
+    fuse_dequantize_scan,  # last: the pass before takes gates out of plain scans
 )
 PIPELINE: tuple[Pass, ...] = NORMALIZE + QUANTIZE

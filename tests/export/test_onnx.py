@@ -51,7 +51,9 @@ def _normalised(family: str) -> fx.GraphModule:
 
 
 def _scans(gm: fx.GraphModule) -> int:
-    return sum(is_op(node, torch.ops.ouro.selective_scan.default) for node in gm.graph.nodes)
+    ops = torch.ops.ouro
+    kinds = (ops.selective_scan.default, ops.selective_scan_dynamic_outlier.default)
+    return sum(is_op(node, *kinds) for node in gm.graph.nodes)
 
 
 @pytest.mark.parametrize("family", SIZES)

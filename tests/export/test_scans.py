@@ -63,6 +63,47 @@ def test_scans(groups: int | None, extras: bool, reverse: bool, form: str) -> No
     assert kinds.count("Exp") == (form == "scan")  # not one a step
 
 
+class QuantizedScan(Scan):
+    """The same on codes of delta, B and C, whose quantizers stand in front of it."""
+
+    def __init__(self, groups: int, outlier_bits: int, reverse: bool) -> None:
+        super().__init__(groups, True, reverse)
+        self.static = (4, outlier_bits, 4, reverse)
+        self.register_buffer("scale", torch.linspace(0.2, 0.3, LENGTH).half())
+        self.register_buffer("zero", torch.arange(6, 6 + LENGTH).clamp(max=9).to(torch.uint8))
+        self.register_buffer("threshold", torch.linspace(2.4, 2.8, LENGTH).half())
+
+    def forward(self, x: Tensor) -> Tensor:
+        u, delta, A, B, C, *rest, _ = self.operands(x)
+
+        def quantized(tokens: Tensor, zero: Tensor | None) -> list[Tensor | None]:
+            codes, outlier_scale, start = torch.ops.ouro.quantize_dynamic_outlier(
+                tokens, self.scale, zero, self.threshold, *self.static
+            )
+            kept = tokens if self.static[1] == 16 else None
+            return [codes, self.scale, zero, outlier_scale, start, kept]
+
+        step = quantized(delta.transpose(1, 2) * 1.5, self.zero)
+        matrices = (quantized(one.flatten(1, 2).transpose(1, 2), None) for one in (B, C))
+        op = torch.ops.ouro.selective_scan_dynamic_outlier
+        return op(u, step, A, *matrices, *rest, *self.static)
+
+
+@pytest.mark.parametrize(
+    ("groups", "outlier_bits", "reverse"), [(1, 8, False), (3, 16, True), (1, 16, False)]
+)
+@pytest.mark.parametrize("form", ["scan", "contrib"])
+def test_scans_on_codes(groups: int, outlier_bits: int, reverse: bool, form: str) -> None:
+    if form == "contrib" and not has_linear_attention():
+        pytest.skip("this onnxruntime has no LinearAttention")
+    module = QuantizedScan(groups, outlier_bits, reverse)
+    x = _input(module)
+    proto = onnx_of(module, x[:2], scan=form)
+    [found] = run(proto, x)
+    assert_close(torch.from_numpy(found), module(x), 1e-5)
+    assert operators(proto).count("Scan" if form == "scan" else "LinearAttention") == 1
+
+
 def test_a_reversed_scan_flips_nothing() -> None:
     module = Scan(None, False, True)
     assert "Slice" not in operators(onnx_of(module, _input(module)[:2]))

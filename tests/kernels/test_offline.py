@@ -22,6 +22,7 @@ from benchmarks.offline import (
     quantizer_cases,
     recorded,
     scan_case,
+    scan_dynamic_outlier_case,
 )
 from ouro_compiler.errors import UsageError
 from ouro_compiler.kernels.launch import Launch
@@ -145,6 +146,29 @@ def test_scan_variants_and_conv(arch: int) -> None:
         found = compiled(recorded(lambda options=options: scan_case(384, 16, **options)), arch)  # type: ignore[misc]
         assert found[0].registers <= 96
     assert compiled(recorded(lambda: conv_case(384)), arch)[0].registers <= 96
+
+
+@pytest.mark.parametrize(("states", "loop"), [(16, 168), (8, 112), (1, 59)])
+def test_scan_dynamic_outlier(states: int, loop: int) -> None:
+    """delta's codes cost a step some 35 instructions; B and C are dequantized once, before."""
+    launches = recorded(lambda: scan_dynamic_outlier_case(384, states))
+    templates = [launch.spec.template for launch in launches]
+    assert templates == [*[Template.DEQUANTIZE] * 2, Template.SCAN_DYNAMIC_OUTLIER]
+    for arch in ARCHITECTURES:
+        found = compiled(launches, arch)[-1]
+        assert found.shared_bytes == 0, "B and C come to the lanes without shared memory"
+        assert found.registers <= (80 if arch == 89 else 64)
+        if arch == 90:
+            assert len(found.loops) == 1
+            assert found.loops[0] <= loop * 1.1
+
+
+@pytest.mark.parametrize("outlier_bits", [8, 16])
+def test_scan_dynamic_outlier_with_everything(outlier_bits: int) -> None:
+    options = {"outlier_bits": outlier_bits, "whole": True}
+    for arch in (80, 90):
+        found = compiled(recorded(lambda: scan_dynamic_outlier_case(384, 16, **options)), arch)[-1]
+        assert found.registers <= 96
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -23,8 +23,13 @@ from ouro_compiler.kernels.spec import Template
 from ouro_compiler.ops.fused import check_gate_sum, empty_quantized
 from ouro_compiler.ops.library import reject
 from ouro_compiler.ops.linear import check_weight
+from ouro_compiler.ops.quantize import (
+    KEEP_FLOAT_BITS,
+    check_dequantize,
+    start_dtype,
+    window_length,
+)
 from ouro_compiler.ops.quantize import check as check_quantize
-from ouro_compiler.ops.quantize import check_dequantize, start_dtype, window_length
 
 _ZERO_POINTS = {**DTYPES, torch.uint8: 3, torch.int32: 4}  # templates/memory.h has the same
 Static = tuple[int, int, int, bool]  # inlier_bits, outlier_bits, refresh_period, reverse
@@ -192,19 +197,36 @@ def dequantize_dynamic_outlier(
     window = window_length(refresh_period, length)
     _check_list(codes, outlier_scale, outlier_start, window)
     # Without 16 bits outliers are codes, whatever x is.
-    x = None if x is None or outlier_bits != 16 else rows(x, "x")
+    x = x if outlier_bits == KEEP_FLOAT_BITS else None
     y = codes.new_empty(codes.shape, dtype=torch.float32)
     launch(
         spec_of(Template.DEQUANTIZE, DTYPE=dtype_code(x)),
-        contiguous(codes, "codes"),
-        *vector(inlier_scale, "inlier_scale"),
-        *vector(zero_point, "zero_point"),
-        contiguous(outlier_scale, "outlier_scale"),
-        *(contiguous(outlier_start, "outlier_start"), outlier_start.dtype == torch.int32),
-        *((None, 0, 0) if x is None else (x, x.stride(0), x.stride(1))),
+        *dequantizer(codes, inlier_scale, zero_point, outlier_scale, outlier_start, x),
         *(y, batch, length, columns, window, inlier_bits, reverse),
+        outlier_start.dtype == torch.int32,
     )
     return y
+
+
+def dequantizer(
+    codes: Tensor,
+    inlier_scale: Tensor,
+    zero_point: Tensor | None,
+    outlier_scale: Tensor,
+    outlier_start: Tensor,
+    x: Tensor | None,
+    name: str = "",
+) -> tuple[Any, ...]:
+    """The arguments that every kernel takes for codes to dequantize; `name` is their operand's."""
+    x = None if x is None else rows(x, f"{name}x")
+    return (
+        contiguous(codes, f"{name}codes"),
+        *vector(inlier_scale, f"{name}inlier_scale"),
+        *vector(zero_point, f"{name}zero_point"),
+        contiguous(outlier_scale, f"{name}outlier_scale"),
+        contiguous(outlier_start, f"{name}outlier_start"),
+        *((None, 0, 0) if x is None else (x, x.stride(0), x.stride(1))),
+    )
 
 
 def _check_list(codes: Tensor, scale: Tensor, start: Tensor, window: int) -> None:

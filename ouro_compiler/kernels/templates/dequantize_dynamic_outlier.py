@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from ouro_compiler.kernels.templates.dequantizer import dequantize
+
 
 @triton.jit(do_not_specialize=["rows"])
 def dequantize_dynamic_outlier_kernel(
@@ -43,10 +45,9 @@ def dequantize_dynamic_outlier_kernel(
     )
     listed = start.to(tl.int32) <= (step % WINDOW).to(tl.int32)[:, None]
     scale = tl.load(inlier_scale_ptr + token).to(tl.float32)[:, None]
-    inliers = codes
+    zero_point = 0.0
     if ASYMMETRIC:
         zero_point = tl.load(zero_point_ptr + token).to(tl.float32)[:, None]
-        inliers = codes + (2 ** (INLIER_BITS - 1) - zero_point)
     if OUTLIER_BITS == 16:
         place = sample * stride_xb + token * stride_xl
         outliers = tl.load(
@@ -55,4 +56,5 @@ def dequantize_dynamic_outlier_kernel(
     else:
         outlier_scale = tl.load(outlier_scale_ptr + row, mask=mask_m, other=0.0)
         outliers = codes * outlier_scale[:, None]
-    tl.store(y_ptr + offs, tl.where(listed, outliers, inliers * scale), mask=mask)
+    values = dequantize(codes, listed, outliers, scale, zero_point, INLIER_BITS, ASYMMETRIC)
+    tl.store(y_ptr + offs, values, mask=mask)

@@ -1,23 +1,14 @@
 """`ouro::selective_scan`: one program walks BLOCK_D channels of one sample through time.
 
-The state is a (BLOCK_N, BLOCK_D) tile. Strides are not specialised: with an unknown channel stride
-a lane gets one channel and all its states, and the sum over states needs no shuffles.
+Strides are not specialised: with an unknown channel stride a lane gets one channel and all its
+states, and the sum over states needs no shuffles.
 """
 
 import triton
 import triton.language as tl
 
 from ouro_compiler.kernels.templates.common import silu, softplus
-
-
-@triton.jit
-def load(pointers, mask, WHOLE: tl.constexpr):
-    """fp32 values; a block that is whole needs no mask."""
-    if WHOLE:
-        values = tl.load(pointers)
-    else:
-        values = tl.load(pointers, mask=mask, other=0.0)
-    return values.to(tl.float32)
+from ouro_compiler.kernels.templates.recurrence import advance, load, load_exponents, store
 
 
 @triton.jit(
@@ -78,13 +69,8 @@ def selective_scan_kernel(
     mask_n = offs_n < STATES
     whole_d: tl.constexpr = CHANNELS % BLOCK_D == 0
     whole_n: tl.constexpr = STATES == BLOCK_N
-    # Row by row: a two-dimensional load would impose its own layout on the state, and which one
-    # depends on the version of Triton.
-    a = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    for n in tl.static_range(STATES):
-        a_row = load(a_ptr + offs_d * stride_ad + n * stride_an, mask_d, whole_d)
-        a = tl.where(offs_n[:, None] == n, a_row[None, :], a)
-    a = a * 1.4426950408889634  # exp(x) = exp2(x log2(e))
+    a_ptrs = a_ptr + offs_d * stride_ad
+    a = load_exponents(a_ptrs, mask_d, stride_an, STATES, BLOCK_N, BLOCK_D, whole_d)
     if HAS_D:
         skip = load(d_ptr + offs_d, mask_d, whole_d)
     if HAS_DELTA_BIAS:
@@ -109,18 +95,13 @@ def selective_scan_kernel(
             delta += bias
         if DELTA_SOFTPLUS:
             delta = softplus(delta)
-        h = tl.exp2(delta[None, :] * a) * h + (delta * u)[None, :] * b[:, None]
-        y = tl.sum(h * c[:, None], axis=0)
+        h, y = advance(h, u, delta, a, b, c)
         if HAS_D:
             y += skip * u
         if HAS_Z:
             y *= silu(load(z_ptrs, mask_d, whole_d))
             z_ptrs += direction * stride_zl
-        y = y.to(y_ptr.dtype.element_ty)
-        if whole_d:
-            tl.store(y_ptrs, y)
-        else:
-            tl.store(y_ptrs, y, mask=mask_d)
+        store(y_ptrs, y, mask_d, whole_d)
         u_ptrs += direction * stride_ul
         delta_ptrs += direction * stride_dl
         b_ptrs += direction * stride_bl

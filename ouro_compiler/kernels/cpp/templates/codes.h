@@ -81,19 +81,19 @@ static inline void store_codes(int8_t* p, ivec a, ivec b, ivec c, ivec d) {
 #endif
 }
 
-// Which of `count` channels are on the list at a window's position: outlier_start <= position.
-static inline ivec load_listed(const void* start, int64_t wide, int64_t first, int64_t position,
-                               int count) {
-    ivec at = {};
+// outlier_start of `count` channels: one is listed where it is at most its token's position in the
+// window. The other lanes never are.
+static inline ivec load_start(const void* start, int64_t wide, int64_t first, int count) {
+    ivec at = ivec{} + 0x7fffffff;
     if (wide) {
         memcpy(&at, (const int32_t*)start + first, count * 4);
     } else {
-        ubyte_vec b = {};
+        ubyte_vec b = ubyte_vec{} + 255;
         if (count >= LANES)
             memcpy(&b, (const uint8_t*)start + first, LANES);
         else
             memcpy(&b, (const uint8_t*)start + first, count);
         at = widen(b);
     }
-    return at <= int32_t(position);
+    return at;
 }

@@ -101,7 +101,7 @@ class Window {
             const ivec inside = lanes == LANES ? ~ivec{} : lanes_below(lanes);
             ivec given = {};
             if (!q.threshold)
-                given = load_listed(q.start, q.wide_start, list + v * LANES, 0, lanes) & inside;
+                given = (load_start(q.start, q.wide_start, list + v * LANES, lanes) <= 0) & inside;
             listed = listed || any(given);
             mask[v] = (vec)(given | ~inside);
         }

@@ -1,0 +1,95 @@
+"""Launches of the selective scan on quantized operands."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ouro_compiler.kernels.launch import contiguous, launch, next_power_of_2, scan_channels
+from ouro_compiler.kernels.quantize import FLOATS, dequantize_dynamic_outlier
+from ouro_compiler.kernels.scan import refuse_scan
+from ouro_compiler.kernels.spec import Template, make_spec
+from ouro_compiler.ops.library import empty_token_major
+from ouro_compiler.ops.quantize import window_length
+from ouro_compiler.ops.scan_dynamic_outlier import Parts, check, matrix
+
+
+def refuse_scan_dynamic_outlier(
+    u: Tensor, delta: Parts, A: Tensor, B: Parts, C: Parts, *_: Any
+) -> str | None:
+    """Why no kernel runs this scan; None if one does."""
+    for parts in (delta, B, C):
+        x = parts[5]
+        if x is not None and x.dtype not in FLOATS:
+            return f"kernels keep outliers in fp16, bf16 and fp32, got {x.dtype}"
+    return refuse_scan(u, u, A, u, u)  # dequantized operands are fp32
+
+
+def selective_scan_dynamic_outlier(
+    u: Tensor,
+    delta: Parts,
+    A: Tensor,
+    B: Parts,
+    C: Parts,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    *static: Any,
+) -> Tensor:
+    """`selective_scan_dynamic_outlier_ref` by kernels: B and C, then the scan."""
+    step, *both = check(u, delta, A, B, C, D, z, delta_bias, static)
+    b, c = (matrix(dequantize_dynamic_outlier(*one, *static), A) for one in both)
+    inlier_bits, outlier_bits, refresh_period, reverse = static
+    batch, channels, length = u.shape
+    groups = b.shape[1]
+    in_group = channels // groups
+    y = empty_token_major(u)
+    block_d = scan_channels(in_group)
+    spec = make_spec(
+        Template.SCAN_DYNAMIC_OUTLIER,
+        {
+            "LENGTH": length,
+            "CHANNELS": in_group,
+            "GROUPS": groups,
+            "STATES": A.shape[1],
+            "WINDOW": window_length(refresh_period, length),
+            "INLIER_BITS": inlier_bits,
+            "OUTLIER_BITS": outlier_bits,
+            "ASYMMETRIC": step.zero_point is not None,
+            "REVERSE": reverse,
+            "HAS_D": D is not None,
+            "HAS_Z": z is not None,
+            "HAS_DELTA_BIAS": delta_bias is not None,
+            "DELTA_SOFTPLUS": delta_softplus,
+            "BLOCK_N": next_power_of_2(A.shape[1]),
+            "BLOCK_D": block_d,
+        },
+        num_warps=1,
+        num_stages=1,
+    )
+    quantized = (
+        contiguous(step.codes, "delta's codes"),
+        *(step.inlier_scale, step.zero_point),
+        contiguous(step.outlier_scale, "delta's outlier_scale"),
+        contiguous(step.outlier_start, "delta's outlier_start"),
+        step.x,
+    )
+    vectors = (
+        None if D is None else contiguous(D, "D"),
+        z,
+        None if delta_bias is None else contiguous(delta_bias, "delta_bias"),
+    )
+    strides = (
+        *A.stride(),
+        *u.stride(),
+        *((0, 0, 0) if step.x is None else step.x.stride()),
+        *((0, 0, 0) if z is None else z.stride()),
+        *b.stride(),
+        *c.stride(),
+        channels,
+    )
+    grid = (batch, groups, -(-in_group // block_d))
+    launch(spec, grid, u, *quantized, A, b, c, *vectors, y, *strides)
+    return y

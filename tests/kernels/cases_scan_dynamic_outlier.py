@@ -1,0 +1,50 @@
+"""The scan on quantized operands by kernels: what the kernels that it replaces compute."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from ouro_compiler.kernels.quantize import dequantize_dynamic_outlier
+from ouro_compiler.kernels.scan import selective_scan
+from ouro_compiler.kernels.scan_dynamic_outlier import selective_scan_dynamic_outlier
+from ouro_compiler.ops.scan_dynamic_outlier import matrix, selective_scan_dynamic_outlier_ref
+from tests.helpers import assert_close, assert_token_major
+from tests.kernels.inputs import on
+from tests.scan_dynamic_outlier_inputs import OPERANDS, dynamic_outlier_operands
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+# (shape, states, options); channels that fill no block, states that are no power of two.
+CASES: list[tuple[tuple[int, int, int], int, dict[str, Any]]] = [
+    ((2, 32, 13), 16, {}),
+    ((2, 20, 13), 5, {"groups": 2, "outlier_bits": 16, "reverse": True, "period": 4}),
+    ((1, 40, 11), 1, {"asymmetric": False, "reverse": True, "dtype": torch.float16}),
+    ((2, 33, 9), 3, {"bits": 8, "outlier_bits": 16, "period": 99}),
+    ((1, 3, 260), 1, {"period": 260}),  # outlier_start is int32
+]
+
+
+@pytest.mark.parametrize("index", range(len(CASES)))
+def test_scan_dynamic_outlier(index: int, device: str) -> None:
+    shape, states, options = CASES[index]
+    given = dynamic_outlier_operands(shape, states, **options)
+    if index % 2:
+        given |= {"D": None, "delta_bias": torch.linspace(-1, 1, shape[1])}
+    else:
+        given |= {"z": None}
+    expected = selective_scan_dynamic_outlier_ref(*given.values())
+    moved = {
+        name: on(device, *one) if isinstance(one, list) else on(device, one)[0]
+        for name, one in given.items()
+    }
+    found = selective_scan_dynamic_outlier(*moved.values())
+    assert_token_major(found)
+    assert_close(found.cpu(), expected, 1e-5 if found.dtype == torch.float32 else 1e-3)
+
+    static = tuple(moved.values())[-4:]
+    delta, B, C = (dequantize_dynamic_outlier(*moved[name], *static) for name in OPERANDS)
+    A, vectors = moved["A"], (moved["D"], moved["z"], moved["delta_bias"], True, static[3])
+    operands = (delta.transpose(1, 2), A, matrix(B, A), matrix(C, A))
+    assert torch.equal(found, selective_scan(moved["u"], *operands, *vectors))
