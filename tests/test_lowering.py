@@ -111,7 +111,7 @@ def test_storage_casts_back_and_keeps_what_half_cannot_hold() -> None:
 def test_report_names_the_kernel_of_every_op() -> None:
     rows = {target: compiled_for(target).report["kernels"] for target in ("cpu", "cuda")}
     nodes = {target: sum(row["nodes"] for row in rows[target]) for target in rows}
-    assert nodes["cpu"] == nodes["cuda"] == 31
+    assert nodes["cpu"] == nodes["cuda"] == 25
     reason = "no kernel is generated for this operator"
     without = {
         target: {row["op"]: row["reason"] for row in rows[target] if row["kernel"] == "reference"}
@@ -125,7 +125,8 @@ def test_layers_name_their_kernel() -> None:
     rows = {row["name"]: row for row in compiled_for("cuda").report["layers"]["rows"]}
     assert rows["layers.0.mixer.in_proj"]["kernel"] == "linear_dynamic_outlier int4 o8"
     assert rows["layers.0.mixer.dt_proj_b"]["kernel"].endswith("int4 o8 reverse bias")
-    assert rows["layers.0.mixer.selective_scan_reverse"]["kernel"] == "selective_scan reverse"
+    scan = rows["layers.0.mixer.selective_scan_reverse"]["kernel"]
+    assert scan == "selective_scan_dynamic_outlier 4/8 asymmetric reverse"
     assert rows["head"]["kernel"] is None
 
 
