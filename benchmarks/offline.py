@@ -19,7 +19,6 @@ from benchmarks.registry import Row, suite
 from ouro_compiler.kernels import linear, quantize, quantized_scan, scan
 from ouro_compiler.kernels.launch import Launch, record_launches
 from ouro_compiler.kernels.offline import compile_ahead, parse_architectures
-from ouro_compiler.kernels.spec import Template
 
 BATCH, LENGTH, PERIOD = 32, 197, 10
 WINDOWS = -(-LENGTH // PERIOD)
@@ -185,15 +184,11 @@ def offline(options: argparse.Namespace) -> list[Row]:
     """Compile every case for every architecture, in an empty cache; print and return rows."""
     architectures = parse_architectures(options.arch)
     rows: list[Row] = []
-    seen: set[Any] = set()
     columns = "kernel                                  case                      arch  regs stack"
     print(f"{columns} spills  smem instr  loops  seconds  matrix instruction")
     with _empty_triton_cache():
         for name, run in cases():
             for launch in recorded(run):
-                if launch.spec.template is Template.OUTLIER_COLUMNS and launch.spec in seen:
-                    continue
-                seen.add(launch.spec)
                 for architecture in architectures:
                     found = compile_ahead(launch, architecture)
                     row = {"kernel": launch.spec.label, "case": name, **dataclasses.asdict(found)}

@@ -17,7 +17,6 @@ class Template(str, Enum):
     ADD_NORM_QUANTIZE = "add_norm_quantize"
     CONV_QUANTIZE = "causal_conv1d_quantize"
     GATE_SUM_QUANTIZE = "gate_sum_quantize"
-    OUTLIER_COLUMNS = "list_outlier_columns"
     LINEAR = "linear_dynamic_outlier"
     CONV = "causal_conv1d"
     SCAN = "selective_scan"

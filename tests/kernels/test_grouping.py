@@ -94,11 +94,10 @@ STORED = {
         *("codes_ptr", "outlier_scale_ptr", "outlier_start_ptr", "value_ptr")
     },
     Template.DEQUANTIZE: {"y_ptr"},
-    Template.LINEAR: {"y_ptr"},
+    Template.LINEAR: {"y_ptr", "columns_ptr"},
     Template.SCAN: {"y_ptr"},
     Template.QUANTIZED_SCAN: {"y_ptr"},
     Template.CONV: {"y_ptr"},
-    Template.OUTLIER_COLUMNS: {"columns_ptr", "counts_ptr"},
 }
 
 
