@@ -36,7 +36,7 @@ _SHOWN_FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_vnni", 
 def cpu(options: argparse.Namespace) -> list[Row]:
     """Rows of kind machine, ceiling, kernel and model; prints them as they come."""
     load = os.getloadavg()
-    batches = [int(one) for one in options.batches.split(",")]
+    batches = [int(one) for one in (options.batches or "1,8").split(",")]
     pattern = options.filter or ""
     groups = chosen_groups(batches, pattern)
     ceilings = measure_ceilings() if groups or re.search(pattern, "ceilings") else []

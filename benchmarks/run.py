@@ -8,6 +8,7 @@ from pathlib import Path
 import benchmarks.accuracy
 import benchmarks.cpu
 import benchmarks.fidelity
+import benchmarks.launches
 import benchmarks.models
 import benchmarks.offline
 import benchmarks.onnx_export
@@ -29,7 +30,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2", help="with commas (synthesis, accuracy)")
     parser.add_argument("--workers", type=int, default=1, help="models at a time (accuracy)")
     parser.add_argument("--filter", help="a regular expression that rows' names match")
-    parser.add_argument("--batches", default="1,8", help="batch sizes, with commas (cpu)")
+    parser.add_argument("--batches", help="batch sizes, with commas (cpu, launches)")
     parser.add_argument("--rounds", type=int, default=9, help="turns of every variant (cpu, onnx)")
     parser.add_argument("--json", type=Path, help="write the rows, with what they were made with")
     given = parser.parse_args()

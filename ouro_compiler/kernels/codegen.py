@@ -54,11 +54,11 @@ def kernel_name(spec: KernelSpec) -> str:
     return f"{spec.template.value}_kernel"
 
 
-def kernel_text(template: Template) -> str:
-    """The kernel of a template as it is written, without the functions it calls."""
+def template_functions(template: Template) -> dict[str, str]:
+    """The functions of a template as they are written, by name, with all that they call."""
     functions: dict[str, str] = {}
     _collect(template.value, functions, [])
-    return functions[f"{template.value}_kernel"]
+    return functions
 
 
 @functools.cache

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Mapping
 
 DIRECTION = "REVERSE"  # the constant that becomes an argument
 _DIRECTION = re.compile(rf"^ *{DIRECTION}: tl\.constexpr = 0,\n", re.MULTILINE)
@@ -73,28 +74,36 @@ def parameters_of(source: str) -> list[str]:
     return [one.arg for one in _function(source).args.args if "constexpr" not in ast.dump(one)]
 
 
-def written_parameters(source: str) -> frozenset[str]:
-    """The pointers among a kernel's parameters through which it may store.
+def written_parameters(name: str, functions: Mapping[str, str]) -> frozenset[str]:
+    """The parameters of a function, one of `functions` by name, through which it may store.
 
-    Names in the address of a `tl.store` are followed back through assignments to parameters. What
-    was loaded from memory is a number, no address, and ends the way.
+    Names in the address of a `tl.store`, or passed to a function that stores, are followed back
+    through assignments to parameters. What was loaded is a number, no address, and ends the way.
     """
     made: dict[str, set[str]] = {}
     wanted: set[str] = set()
-    for node in ast.walk(_function(source)):
+    for node in ast.walk(_function(functions[name])):
         if isinstance(node, ast.Assign | ast.AugAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            for name in {n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)}:
-                made.setdefault(name, set()).update(_addresses(node.value))
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "tl.store":
-            wanted |= _addresses(node.args[0])
+            for one in {n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)}:
+                made.setdefault(one, set()).update(_addresses(node.value))
+        elif isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            if called == "tl.store":
+                wanted |= _addresses(node.args[0])
+            elif called in functions:
+                stored = written_parameters(called, functions)
+                names = [one.arg for one in _function(functions[called]).args.args]
+                given = [*zip(names, node.args, strict=False)]
+                given += [(str(one.arg), one.value) for one in node.keywords]
+                wanted = wanted.union(*(_addresses(v) for one, v in given if one in stored))
     seen: set[str] = set()
     while wanted:
-        name = wanted.pop()
-        if name not in seen:
-            seen.add(name)
-            wanted |= made.get(name, set())
-    return frozenset(one for one in parameters_of(source) if one in seen and one.endswith("_ptr"))
+        one = wanted.pop()
+        if one not in seen:
+            seen.add(one)
+            wanted |= made.get(one, set())
+    return frozenset(one for one in parameters_of(functions[name]) if one in seen)
 
 
 def _addresses(node: ast.expr) -> set[str]:

@@ -12,7 +12,7 @@ import functools
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-from ouro_compiler.kernels.codegen import kernel_text
+from ouro_compiler.kernels.codegen import template_functions
 from ouro_compiler.kernels.group_codegen import parameters_of, written_parameters
 from ouro_compiler.kernels.launch import Launch
 from ouro_compiler.kernels.spec import Template
@@ -111,6 +111,17 @@ def join(launches: Sequence[Launch]) -> Launch:
     )
 
 
+def split(launch: Launch) -> list[Launch]:
+    """The launches that `join` made one; any other launch alone."""
+    members = launch.spec.members
+    count = len(launch.args) // len(members)
+    grid = (launch.grid[0] // len(members), *launch.grid[1:])
+    return [
+        Launch(spec=spec, grid=grid, args=launch.args[number * count : (number + 1) * count])
+        for number, spec in enumerate(members)
+    ]
+
+
 def written(launch: Launch) -> tuple[bool, ...]:
     """For each argument of a single launch: may its kernel store through it?"""
     return _written(launch.spec.template)
@@ -118,6 +129,7 @@ def written(launch: Launch) -> tuple[bool, ...]:
 
 @functools.cache
 def _written(template: Template) -> tuple[bool, ...]:
-    text = kernel_text(template)
-    found = written_parameters(text)
-    return tuple(one in found for one in parameters_of(text))
+    functions = template_functions(template)
+    name = f"{template.value}_kernel"
+    found = written_parameters(name, functions)
+    return tuple(one in found for one in parameters_of(functions[name]))
