@@ -31,18 +31,19 @@ SCAN_OPS = 6  # of a state and step: decay * h + (delta u) * B, and its part of 
 class Gpu:
     """Published ceilings, dense: bytes and int8 operations a second, multiprocessors, boost clock.
 
-    fp32: 128 multiply-adds, exponentials: 16, a multiprocessor and cycle.
+    lanes: fp32 multiply-adds a multiprocessor and cycle; exponentials are 16.
     """
 
     memory: float
     int8: float
     multiprocessors: int
     clock: float
+    lanes: int
 
     @property
     def fp32(self) -> float:
         """Operations a second; a multiply-add is two."""
-        return 256 * self.multiprocessors * self.clock
+        return 2 * self.lanes * self.multiprocessors * self.clock
 
     @property
     def exponentials(self) -> float:
@@ -51,9 +52,9 @@ class Gpu:
 
 
 GPUS: Mapping[str, Gpu] = {
-    "H200": Gpu(memory=4.8e12, int8=1979e12, multiprocessors=132, clock=1.98e9),
-    "A100": Gpu(memory=2.039e12, int8=624e12, multiprocessors=108, clock=1.41e9),
-    "L4": Gpu(memory=0.3e12, int8=242e12, multiprocessors=58, clock=2.04e9),
+    "H200": Gpu(memory=4.8e12, int8=1979e12, multiprocessors=132, clock=1.98e9, lanes=128),
+    "A100": Gpu(memory=2.039e12, int8=624e12, multiprocessors=108, clock=1.41e9, lanes=64),
+    "L4": Gpu(memory=0.3e12, int8=242e12, multiprocessors=58, clock=2.04e9, lanes=128),
 }
 
 
@@ -107,10 +108,11 @@ def _work(launch: Launch) -> Work:
             int8=2 * rows * spec["COLUMNS"] * spec["OUTPUTS"],
             fp32=EPILOGUE_OPS * rows * spec["OUTPUTS"],
         )
-    if spec.template in (Template.SCAN, Template.QUANTIZED_SCAN):
-        elements = launch.args[0].numel()
+    elements = launch.args[0].numel()
+    constants = dict(spec.constants)
+    if "STATES" in constants:  # a scan
         states = elements * spec["STATES"]
-        soft = 2 * elements if dict(spec.constants).get("DELTA_SOFTPLUS") else 0
+        soft = 2 * elements if constants.get("DELTA_SOFTPLUS") else 0
         gate = elements if spec["HAS_Z"] else 0
         return Work(
             bytes=moved,
@@ -118,8 +120,6 @@ def _work(launch: Launch) -> Work:
             exponentials=states + soft + gate,
             steps=spec["LENGTH"],
         )
-    elements = launch.args[0].numel()
-    constants = dict(spec.constants)
     operations = 2 * constants.get("TAPS", 0) + NORM_OPS * ("RMS" in constants)
     if "INLIER_BITS" in constants:
         operations += QUANTIZER_OPS

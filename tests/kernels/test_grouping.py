@@ -10,7 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from benchmarks.offline import linear_case, quantizer_cases, recorded, scan_case
+from benchmarks.offline import (
+    linear_case,
+    other_direction,
+    quantizer_cases,
+    recorded,
+    scan_case,
+)
 from ouro_compiler.kernels.codegen import generate, template_functions
 from ouro_compiler.kernels.group_codegen import group_kernels, written_parameters
 from ouro_compiler.kernels.grouping import Access, group_steps, join, split, written
@@ -24,12 +30,6 @@ STEPS = st.lists(
     st.builds(Access, reads=SETS, writes=SETS, key=st.sampled_from([None, "a", "b"])), max_size=14
 )
 MOST = 3
-
-
-def other_direction(launch: Launch) -> Launch:
-    constants = {**dict(launch.spec.constants), "REVERSE": 1 - launch.spec["REVERSE"]}
-    spec = dataclasses.replace(launch.spec, constants=tuple(sorted(constants.items())))
-    return dataclasses.replace(launch, spec=spec)
 
 
 def both(launch: Launch) -> Launch:

@@ -6,7 +6,6 @@ threads run on a multiprocessor for a 64 x 128 tile with two accumulators and th
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import torch
 from benchmarks.offline import (
     conv_case,
     linear_case,
+    other_direction,
     quantized_scan_case,
     quantizer_cases,
     recorded,
@@ -166,9 +166,7 @@ def test_both_directions_in_one_launch(arch: int) -> None:
     if arch == 90:
         cases.append(recorded(lambda: quantizer_cases(384))[4])  # the convolution's
     for single in cases:
-        constants = {**dict(single.spec.constants), "REVERSE": 1}
-        spec = dataclasses.replace(single.spec, constants=tuple(sorted(constants.items())))
-        group = join([single, dataclasses.replace(single, spec=spec)])
+        group = join([single, other_direction(single)])
         alone, found = compiled([single, group], arch)
         assert found.registers <= alone.registers + 32, group.spec.label
         assert len(found.loops) == len(alone.loops)
@@ -179,7 +177,7 @@ def test_both_directions_in_one_launch(arch: int) -> None:
 @pytest.mark.parametrize("arch", [80, 90])
 def test_quantizers_of_several_widths_in_one_launch(arch: int) -> None:
     members = [recorded(lambda width=width: quantizer_cases(width))[0] for width in (12, 16, 16)]
-    (found,) = compiled([join([*members, *members])], arch)
+    (found,) = compiled([join([*members, *map(other_direction, members)])], arch)
     assert found.registers <= 64
     assert found.exact_division
     assert not found.approximate_division
