@@ -1,6 +1,6 @@
 """A graph at one batch size as a list of kernel launches, independent ones grouped into one.
 
-Running it allocates what the graph would and computes the same bits, with fewer launches. It starts
+Running it allocates what the graph would and computes the same, with fewer launches. It starts
 no work but its launches and the calls that have no kernel, and asks for memory in the same order
 every time, so that a CUDA graph can capture it.
 """
