@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, fx
 
 import ouro_compiler as ouro
-from ouro_compiler.kernels import launch as launches
 from ouro_compiler.evaluation import snr_db
+from ouro_compiler.kernels import launch as launches
 from ouro_compiler.kernels.grouping import join, written
 from ouro_compiler.kernels.launch import Launch, record_launches
 from ouro_compiler.kernels.linear import linear_dynamic_outlier
