@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import tempfile
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,9 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.registry import Row, suite
 from ouro_compiler.kernels import linear, quantize, quantized_scan, scan, scan_dynamic_outlier
+from ouro_compiler.kernels.grouping import join
 from ouro_compiler.kernels.launch import Launch, record_launches
 from ouro_compiler.kernels.offline import compile_ahead, parse_architectures
-from ouro_compiler.kernels.spec import Template
 
 BATCH, LENGTH, PERIOD = 32, 197, 10
 WINDOWS = -(-LENGTH // PERIOD)
@@ -201,6 +202,28 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     yield "conv", _bind(conv_case, 384)
 
 
+def group_cases() -> Iterator[tuple[str, Launch]]:
+    """Groups as a layer of Vim-T has them: both directions, and the quantizers of dt, B and C."""
+    for name, run in (
+        ("x_proj, both directions", _bind(linear_case, 384, 44, packed=True, outlier_bits=8)),
+        ("dt_proj, both directions", _bind(linear_case, 12, 384, packed=True, outlier_bits=8)),
+        ("scan, both directions", _bind(scan_case, 384, 16)),
+    ):
+        (launch,) = recorded(run)
+        yield name, join([launch, other_direction(launch)])
+    convolution = recorded(_bind(quantizer_cases, 384))[4]
+    yield "conv, both directions", join([convolution, other_direction(convolution)])
+    widths = [recorded(_bind(quantizer_cases, channels))[0] for channels in (12, 16, 16)]
+    yield "dt, B, C, both directions", join([*widths, *map(other_direction, widths)])
+
+
+def other_direction(launch: Launch) -> Launch:
+    """The same launch the other way through time."""
+    constants = {**dict(launch.spec.constants), "REVERSE": 1 - launch.spec["REVERSE"]}
+    spec = dataclasses.replace(launch.spec, constants=tuple(sorted(constants.items())))
+    return dataclasses.replace(launch, spec=spec)
+
+
 def recorded(run: Callable[[], None]) -> list[Launch]:
     """What a case launches, recorded on fake tensors."""
     with FakeTensorMode(), record_launches() as recording:
@@ -213,20 +236,16 @@ def offline(options: argparse.Namespace) -> list[Row]:
     """Compile every case for every architecture, in an empty cache; print and return rows."""
     architectures = parse_architectures(options.arch)
     rows: list[Row] = []
-    seen: set[Any] = set()
     columns = "kernel                                  case                      arch  regs stack"
     print(f"{columns} spills  smem instr  loops  seconds  matrix instruction")
     with _empty_triton_cache():
-        for name, run in cases():
-            for launch in recorded(run):
-                if launch.spec.template is Template.OUTLIER_COLUMNS and launch.spec in seen:
-                    continue
-                seen.add(launch.spec)
-                for architecture in architectures:
-                    found = compile_ahead(launch, architecture)
-                    row = {"kernel": launch.spec.label, "case": name, **dataclasses.asdict(found)}
-                    rows.append(row)
-                    print(_line(row), flush=True)
+        single = ((name, launch) for name, run in cases() for launch in recorded(run))
+        for name, launch in chain(single, group_cases()):
+            for architecture in architectures:
+                found = compile_ahead(launch, architecture)
+                row = {"kernel": launch.spec.label, "case": name, **dataclasses.asdict(found)}
+                rows.append(row)
+                print(_line(row), flush=True)
     return rows
 
 

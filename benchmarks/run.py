@@ -9,6 +9,7 @@ import benchmarks.accuracy
 import benchmarks.cpu
 import benchmarks.fidelity
 import benchmarks.gpu
+import benchmarks.launches
 import benchmarks.models
 import benchmarks.offline
 import benchmarks.onnx_export
@@ -32,7 +33,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2", help="with commas (synthesis, accuracy)")
     parser.add_argument("--workers", type=int, default=1, help="models at a time (accuracy)")
     parser.add_argument("--filter", help="a regular expression that rows' names match")
-    parser.add_argument("--batches", help="batch sizes, with commas (cpu: 1,8; gpu: 1,8,32,128)")
+    parser.add_argument("--batches", help="batch sizes, with commas (cpu, gpu, launches)")
     parser.add_argument(
         "--rounds", type=int, default=9, help="turns of every variant (cpu, gpu, onnx)"
     )

@@ -93,7 +93,7 @@ def calls(tape: Tape) -> list:  # type: ignore[type-arg]
 def test_memory_is_used_again() -> None:
     """Two tensors of one step never overlap, and all of them together take little."""
     tape = Tape(fold_constants(compiled("w4a4").graph_module), images(4))
-    buffers = list(tape._record.buffers.values())
+    buffers = list(tape._buffers.values())
     for one in buffers:
         for other in buffers:
             if one is not other and one.first <= other.last and other.first <= one.last:

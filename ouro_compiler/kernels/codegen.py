@@ -2,7 +2,8 @@
 
 A template is valid Triton by itself. Generating it (1) replaces imports from other templates by the
 functions they name, (2) gives every constexpr parameter its value, (3) fills the epilogue hole, the
-lines between `# <epilogue>` and `# </epilogue>`.
+lines between `# <epilogue>` and `# </epilogue>`. A group's kernels then become functions of one
+kernel (`group_codegen.py`).
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from __future__ import annotations
 import ast
 import functools
 import re
+from dataclasses import replace
 from pathlib import Path
 
-from ouro_compiler.kernels.spec import Epilogue, KernelSpec
+from ouro_compiler.kernels.group_codegen import DIRECTION, group_kernels
+from ouro_compiler.kernels.spec import Epilogue, KernelSpec, Template
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _PACKAGE = "ouro_compiler.kernels.templates."
@@ -34,7 +37,14 @@ def generate(spec: KernelSpec) -> str:
     imports: list[str] = []
     _collect(spec.template.value, functions, imports)
     kernel = kernel_name(spec)
-    functions[kernel] = _fill_epilogue(_bind_constants(functions[kernel], spec), spec)
+    template = functions.pop(kernel)
+    if spec.others:
+        forward = [_forward(one) for one in spec.members]
+        bound = [_fill_epilogue(_bind_constants(template, one), one) for one in forward]
+        members = [(text, one[DIRECTION]) for text, one in zip(bound, spec.members, strict=True)]
+        functions[kernel] = "\n\n\n".join(group_kernels(kernel, members))
+    else:
+        functions[kernel] = _fill_epilogue(_bind_constants(template, spec), spec)
     header = f'"""{spec.label}, generated from kernels/templates by ouro_compiler."""'
     return "\n\n\n".join([header + "\n\n" + "\n".join(imports), *functions.values()]) + "\n"
 
@@ -42,6 +52,13 @@ def generate(spec: KernelSpec) -> str:
 def kernel_name(spec: KernelSpec) -> str:
     """The name of the kernel in the generated file."""
     return f"{spec.template.value}_kernel"
+
+
+def template_functions(template: Template) -> dict[str, str]:
+    """The functions of a template as they are written, by name, with all that they call."""
+    functions: dict[str, str] = {}
+    _collect(template.value, functions, [])
+    return functions
 
 
 @functools.cache
@@ -64,6 +81,11 @@ def _collect(name: str, functions: dict[str, str], imports: list[str]) -> None:
         elif isinstance(node, ast.FunctionDef):
             first = min(one.lineno for one in node.decorator_list) - 1
             functions.setdefault(node.name, "\n".join(lines[first : node.end_lineno]))
+
+
+def _forward(spec: KernelSpec) -> KernelSpec:
+    constants = {**dict(spec.constants), DIRECTION: 0}
+    return replace(spec, constants=tuple(sorted(constants.items())))
 
 
 def _bind_constants(source: str, spec: KernelSpec) -> str:

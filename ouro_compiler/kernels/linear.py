@@ -1,11 +1,17 @@
-"""Launch of the two-scale product: the list of outlier columns of each tile, then the product."""
+"""Launch of the two-scale product."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ouro_compiler.kernels.launch import contiguous, interpreting, launch, linear_blocks
+from ouro_compiler.kernels.launch import (
+    contiguous,
+    interpreting,
+    launch,
+    linear_blocks,
+    next_power_of_2,
+)
 from ouro_compiler.kernels.quantize import FLOATS
 from ouro_compiler.kernels.spec import Epilogue, Template, make_spec
 from ouro_compiler.ops.linear import check
@@ -13,6 +19,7 @@ from ouro_compiler.ops.quantize import KEEP_FLOAT_BITS, window_length
 
 _ACTIVATIONS = {"none": (), "silu": (Epilogue.SILU,), "softplus": (Epilogue.SOFTPLUS,)}
 _COLUMNS_A_STEP = 32  # outlier columns: the smallest K of an int8 matrix instruction
+_WORDS_A_STEP = 256  # when listing: up to 1024 columns are one step
 
 
 def refuse(codes: Tensor, x: Tensor | None, qweight: Tensor, dtype: torch.dtype) -> str | None:
@@ -67,9 +74,6 @@ def linear_dynamic_outlier(
     }
     rows = batch * length
     lists = codes.new_empty((tiles, columns), dtype=torch.int32)
-    counts = codes.new_empty(tiles, dtype=torch.int32)
-    list_spec = make_spec(Template.OUTLIER_COLUMNS, {**common, "BLOCK_R": 16, "BLOCK_K": 256})
-    launch(list_spec, (tiles, 1, 1), outlier_start, lists, counts, rows)
     packed = qweight.dtype == torch.uint8
     spec = make_spec(
         Template.LINEAR,
@@ -83,6 +87,7 @@ def linear_dynamic_outlier(
             "INLINE_ASM": not interpreting(),
             "EVEN_K": stored * (2 if packed else 1) == columns and stored % blocks["BLOCK_K"] == 0,
             "BLOCK_O": _COLUMNS_A_STEP,
+            **_listing(outlier_start, length, common["WINDOW"], blocks["BLOCK_M"], per_sample),
         },
         epilogue=(
             *((Epilogue.BIAS,) if bias is not None else ()),
@@ -92,10 +97,28 @@ def linear_dynamic_outlier(
         num_warps=8 if blocks["BLOCK_N"] >= 64 else 4,
     )
     grid = (tiles * _cdiv(outputs, blocks["BLOCK_N"]), 1, 1)
-    activations = (codes, inlier_scale, outlier_scale, outlier_start, lists, counts, x)
+    activations = (codes, inlier_scale, outlier_scale, outlier_start, lists, x)
     strides = (0, 0, 0) if x is None else x.stride()
     launch(spec, grid, *activations, qweight, weight_scale, bias, residual, y, rows, *strides)
     return y
+
+
+def _listing(
+    start: Tensor, length: int, window: int, block_m: int, per_sample: bool
+) -> dict[str, int]:
+    """Constants of the list of columns: the windows that a tile of rows can meet, how to read."""
+    columns = start.shape[2]
+    samples = 1 if per_sample else _cdiv(block_m - 1, length) + 1
+    windows = min(_cdiv(length, window), _cdiv(block_m - 1, window) + 1)
+    aligned = columns % 4 == 0 and start.storage_offset() % 4 == 0
+    per_word = 4 if start.dtype == torch.uint8 and aligned else 1
+    return {
+        "NEVER": torch.iinfo(start.dtype).max,
+        "PER_WORD": per_word,
+        "SAMPLE_WINDOWS": windows,
+        "BLOCK_R": next_power_of_2(samples * windows),
+        "BLOCK_L": min(_WORDS_A_STEP, next_power_of_2(columns // per_word)),
+    }
 
 
 def _cdiv(a: int, b: int) -> int:

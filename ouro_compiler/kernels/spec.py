@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 
@@ -17,7 +17,6 @@ class Template(str, Enum):
     ADD_NORM_QUANTIZE = "add_norm_quantize"
     CONV_QUANTIZE = "causal_conv1d_quantize"
     GATE_SUM_QUANTIZE = "gate_sum_quantize"
-    OUTLIER_COLUMNS = "list_outlier_columns"
     LINEAR = "linear_dynamic_outlier"
     CONV = "causal_conv1d"
     SCAN = "selective_scan"
@@ -49,6 +48,7 @@ class KernelSpec:
     """A kernel to generate.
 
     constants: a value for every constexpr parameter of the template, sorted by name.
+    others: kernels of the same template that one launch computes besides (`grouping.py`).
     fp_fusion: may a * b + c become one fused multiply-add? Quantizers forbid it, so that their
     codes are the reference's bit for bit.
     """
@@ -59,6 +59,7 @@ class KernelSpec:
     num_warps: int = 4
     num_stages: int = 3
     fp_fusion: bool = True
+    others: tuple[KernelSpec, ...] = ()
 
     def __post_init__(self) -> None:
         if list(self.constants) != sorted(self.constants):
@@ -79,11 +80,20 @@ class KernelSpec:
             "epilogue": [one.value for one in self.epilogue],
             "options": [self.num_warps, self.num_stages, self.fp_fusion],
         }
+        if self.others:
+            content["others"] = [one.digest for one in self.others]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     @property
+    def members(self) -> tuple[KernelSpec, ...]:
+        """The kernels of a group, each by itself; of any other spec itself alone."""
+        return (replace(self, others=()), *self.others)
+
+    @property
     def label(self) -> str:
-        """What reports and graphs call it: template, bits and epilogue."""
+        """What reports and graphs call it: template, bits and epilogue; "2 of", where grouped."""
+        if self.others:
+            return f"{len(self.members)} of {self.members[0].label}"
         constants = dict(self.constants)
         parts = [self.template.value]
         if self.template is Template.LINEAR:

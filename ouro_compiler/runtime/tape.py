@@ -10,18 +10,19 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils import _pytree as pytree
 
 from ouro_compiler.kernels.cpp.launch import Function, load_function, words
 from ouro_compiler.kernels.cpp.toolchain import BuildError
 from ouro_compiler.kernels.cpu import IMPLEMENTATIONS
-from ouro_compiler.kernels.launch import Launch, record_launches
+from ouro_compiler.kernels.launch import Launch, Recording
+from ouro_compiler.runtime.record import Record, Step, record_graph, storage_number, tensors_of
 
 _ALIGNMENT = 64
 
@@ -36,55 +37,18 @@ class _Buffer:
     offset: int = 0
 
 
-@dataclass
-class _Call:
-    """A node without a kernel: a function, what it takes, and where its results are copied."""
-
-    function: Callable[..., Any]
-    args: Any
-    results: list[Tensor]
-
-
-@dataclass
-class _Record:
-    """Steps with the fake tensors they name, and the memory behind those."""
-
-    steps: list[Launch | _Call] = field(default_factory=list)
-    names: list[str] = field(default_factory=list)  # of the node behind each step
-    buffers: dict[int, _Buffer] = field(default_factory=dict)
-    constants: dict[int, Tensor] = field(default_factory=dict)
-    kept: list[Tensor] = field(default_factory=list)  # so that no storage's number is used again
-
-    def use(self, fake: Tensor, step: int) -> None:
-        """Note that a step reads or writes a tensor."""
-        number = _number(fake)
-        if number in self.constants:
-            return
-        self.kept.append(fake)
-        buffer = self.buffers.setdefault(
-            number, _Buffer(fake.untyped_storage().nbytes(), step, step)
-        )
-        buffer.last = max(buffer.last, step)
-
-
 class Tape:
     """Runs a graph of one input at one batch size; not to be used by two threads at once."""
 
     def __init__(self, gm: fx.GraphModule, images: Tensor) -> None:
-        record = _Record()
-        mode = FakeTensorMode()
-        with mode, torch.no_grad():
-            recorder = _Recorder(gm, mode, record)
-            fake = mode.from_tensor(images)
-            record.use(fake, 0)
-            outputs = recorder.run(fake)
-            pytree.tree_map_only(Tensor, lambda one: record.use(one, len(record.steps)), outputs)
-        self.bytes = _place(list(record.buffers.values()))
+        record = record_graph(gm, images, IMPLEMENTATIONS, _loaded)
+        self._buffers = _buffers(record)
+        self.bytes = _place(list(self._buffers.values()))
         self._memory = torch.empty(self.bytes + _ALIGNMENT, dtype=torch.uint8)
         self._base = -self._memory.data_ptr() % _ALIGNMENT
         self._record = record
-        self._images = self._real(fake)
-        self._outputs = pytree.tree_map_only(Tensor, self._real, outputs)
+        self._images = self._real(record.images)
+        self._outputs = pytree.tree_map_only(Tensor, self._real, record.outputs)
         self._steps = [self._prepare(step) for step in record.steps]
         self._names = record.names
         self._lock = threading.Lock()
@@ -111,17 +75,17 @@ class Tape:
 
     def _real(self, fake: Tensor) -> Tensor:
         """The tensor that a fake one stands for."""
-        constant = self._record.constants.get(_number(fake))
+        constant = self._record.constants.get(storage_number(fake))
         if constant is not None:
             return constant.as_strided(fake.shape, fake.stride(), fake.storage_offset())
-        buffer = self._record.buffers[_number(fake)]
+        buffer = self._buffers[storage_number(fake)]
         start = self._base + buffer.offset
         memory = self._memory[start : start + buffer.size].view(fake.dtype)
         return memory.as_strided(
             fake.shape, fake.stride(), memory.storage_offset() + fake.storage_offset()
         )
 
-    def _prepare(self, step: Launch | _Call) -> tuple[Function, Any]:
+    def _prepare(self, step: Step) -> tuple[Function, Any]:
         if isinstance(step, Launch):
             function = load_function(step.spec)
             return function, words(step.args, lambda fake: self._real(fake).data_ptr())
@@ -139,70 +103,29 @@ def _call(function: Callable[..., Any]) -> Function:
     return run
 
 
-def _number(tensor: Tensor) -> int:
-    """What tells a tensor's storage from all others that are alive."""
-    return int(tensor.untyped_storage()._cdata)
+def _loaded(recording: Recording) -> bool:
+    """Load the kernels of an operator; False if one cannot be built."""
+    try:
+        with unset_fake_temporarily():  # a kernel's self-test at its first use runs it
+            for launch in recording.launches:
+                load_function(launch.spec)
+    except BuildError:
+        return False
+    return True
 
 
-class _Recorder(fx.Interpreter):
-    """Runs a graph on fake tensors, noting what would be called."""
-
-    def __init__(self, gm: fx.GraphModule, mode: FakeTensorMode, record: _Record) -> None:
-        super().__init__(gm)
-        self.mode, self.record = mode, record
-        self.name = ""
-
-    def run_node(self, n: fx.Node) -> Any:
-        self.name = n.name
-        return super().run_node(n)
-
-    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        found = super().get_attr(target, args, kwargs)
-        if not isinstance(found, Tensor):
-            return found
-        fake = self.mode.from_tensor(found)
-        self.record.constants[_number(fake)] = found
-        self.record.kept.append(fake)
-        return fake
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if isinstance(target, torch._ops.OpOverload) and target.namespace == "ouro":
-            found = self._launched(target, args, kwargs)
-            if found is not None:
-                return found
-        outputs = super().call_function(target, args, kwargs)
-        inputs = {_number(x) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-        made = [x for x in pytree.tree_leaves(outputs) if isinstance(x, Tensor)]
-        if all(_number(one) in inputs for one in made):
-            return outputs  # views, and what is no tensor
-        self._note(_Call(target, (args, kwargs), made), pytree.tree_leaves((args, kwargs, made)))
-        return outputs
-
-    def _launched(self, target: torch._ops.OpOverload, args: Any, kwargs: Any) -> Any:
-        """The outputs of an op whose kernels were noted; None if it has to be called as it is."""
-        found = IMPLEMENTATIONS.get(target._schema.name.removeprefix("ouro::"))
-        if found is None or found.refuse(*args, **kwargs) is not None:
-            return None
-        with record_launches() as recording:
-            outputs = found.kernel(*args, **kwargs)
-        if recording.copies:
-            return None
-        try:
-            with unset_fake_temporarily():  # a kernel's self-test at its first use runs it
-                for launch in recording.launches:
-                    load_function(launch.spec)
-        except BuildError:
-            return None
-        for launch in recording.launches:
-            self._note(launch, launch.args)
-        return outputs
-
-    def _note(self, step: Launch | _Call, named: Any) -> None:
-        for one in named:
-            if isinstance(one, Tensor):
-                self.record.use(one, len(self.record.steps))
-        self.record.steps.append(step)
-        self.record.names.append(self.name)
+def _buffers(record: Record) -> dict[int, _Buffer]:
+    """The memory behind the images, what the steps name and the outputs, by storage."""
+    outputs = [one for one in pytree.tree_leaves(record.outputs) if isinstance(one, Tensor)]
+    found: dict[int, _Buffer] = {}
+    used = [(0, [record.images]), *enumerate(map(tensors_of, record.steps))]
+    for step, tensors in [*used, (len(record.steps), outputs)]:
+        for one in tensors:
+            number = storage_number(one)
+            if number not in record.constants:
+                size = one.untyped_storage().nbytes()
+                found.setdefault(number, _Buffer(size, step, step)).last = step
+    return found
 
 
 def _place(buffers: list[_Buffer]) -> int:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ouro_compiler.kernels.launch import record_launches
+from ouro_compiler.kernels.launch import launch, record_launches
 from ouro_compiler.kernels.linear import linear_dynamic_outlier
 from ouro_compiler.ops.linear import linear_dynamic_outlier_ref
 from ouro_compiler.ops.packing import pack_int4_ref
@@ -136,22 +136,35 @@ def test_linear_batch_invariance(outlier_bits: int, device: str) -> None:
     assert_batch_invariant(function, *batched)
 
 
-def test_lists_of_columns_hold_the_listed_ones(device: str) -> None:
-    """The first kernel's lists, read through the launch that it gets."""
-    from ouro_compiler.kernels.cache import load_kernel
-    from ouro_compiler.kernels.launch import launch_options
-
-    given, _ = problem(16, 8, True)  # three samples, 197 tokens
+@pytest.mark.parametrize("outlier_bits", [8, 16])
+@pytest.mark.parametrize("length", [1, 5, 33, 64, 197])
+@pytest.mark.parametrize("channels", [24, 33])
+def test_lists_of_columns(channels: int, length: int, outlier_bits: int, device: str) -> None:
+    """What a window that a tile meets lists, ascending, four columns at a time or one."""
+    reverse = bool(length % 2)
+    made = generator(length)
+    first = torch.randint(0, 4, (3, -(-length // 10), channels), generator=made)
+    start = torch.where(torch.rand(first.shape, generator=made) < 0.03, first, 255)
+    start = start.to(torch.uint8)
+    codes, x = torch.zeros(3, length, channels, dtype=torch.int8), torch.zeros(3, length, channels)
+    weight = torch.zeros(4, channels, dtype=torch.int8)
+    args = (codes, torch.ones(length), torch.ones(3, length), start, x, weight, torch.ones(1))
+    given = on(device, *(None if arg is x and outlier_bits == 8 else arg for arg in args))
+    ints = (4, outlier_bits, 10, reverse)
     with record_launches() as recording:
-        linear_dynamic_outlier(*on(device, *given.values()))
-    first = recording.launches[0]
-    start, lists, counts, rows = first.args
-    load_kernel(first.spec)[first.grid](start, lists, counts, rows, **launch_options(first.spec))
-    mask = listed_mask(given["outlier_start"], 197, given["refresh_period"], given["reverse"])
-    for tile, flags in enumerate(mask.reshape(-1, mask.shape[2]).split(first.spec["BLOCK_M"])):
-        wanted = flags.any(0).nonzero().squeeze(1)
-        assert int(counts[tile]) == len(wanted)
-        assert_equal((lists[tile, : len(wanted)].long(),), (wanted,))
+        linear_dynamic_outlier(*given, None, None, "none", *ints)
+    (one,) = recording.launches
+    launch(one.spec, one.grid, *one.args)
+    lists = one.args[4].cpu()
+    steps = torch.arange(length).flip(0) if reverse else torch.arange(length)
+    listed = (start != 255)[:, steps // 10].reshape(-1, channels)
+    rows = listed.split([length] * 3) if outlier_bits == 16 else [listed]
+    tiles = [tile for part in rows for tile in part.split(one.spec["BLOCK_M"])]
+    assert len(tiles) == len(lists)
+    for tile, found in zip(tiles, lists, strict=True):
+        wanted = tile.any(0).nonzero().squeeze(1).int()
+        assert_equal((found[: len(wanted)],), (wanted,))
+        assert bool((found[len(wanted) :] == torch.iinfo(torch.int32).max).all())
 
 
 def test_refuses_what_the_reference_refuses(device: str) -> None:

@@ -73,7 +73,7 @@ def test_model(name: str, device: str) -> None:
         found = codes.run(batch.to(device)).cpu()
     model.to("cpu")
     ran = launch.load_kernel.cache_info()
-    assert ran.hits + ran.misses - loaded.hits - loaded.misses >= 20, "the references ran"
+    assert ran.hits + ran.misses - loaded.hits - loaded.misses >= 14, "the references ran"
     # The first quantizers see the same values. Later a code may flip where two roundings of one
     # value fall on both sides of a tie: a few in ten thousand, by one step.
     total = sum(one.numel() for one in reference.found)

@@ -1,8 +1,7 @@
 """`ouro::linear_dynamic_outlier`: a (BLOCK_M, BLOCK_N) tile of the output a program.
 
-acc is the product of all codes; acc_o that of the listed ones alone, over the columns that
-`list_outlier_columns_kernel` found. Both are exact. Dequantization and what follows are the
-epilogue.
+acc is the product of all codes; acc_o that of the listed ones alone, over the columns that are
+listed at one of the tile's rows. Both are exact. Dequantization and what follows are the epilogue.
 """
 
 import triton
@@ -38,8 +37,7 @@ def linear_dynamic_outlier_kernel(
     inlier_scale_ptr,  # (L,)
     outlier_scale_ptr,  # fp32 (B, L)
     outlier_start_ptr,  # (B, J, K)
-    columns_ptr,  # int32 (tiles, K)
-    counts_ptr,  # int32 (tiles,)
+    columns_ptr,  # int32 (tiles, K): columns listed in a tile of rows, ascending; made here
     x_ptr,  # (B, L, K) where OUTLIER_BITS is 16, else None
     qweight_ptr,  # int8 (O, K), or packed uint8 (O, ceil(K / 2))
     weight_scale_ptr,  # (O,), or (1,)
@@ -65,6 +63,11 @@ def linear_dynamic_outlier_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,  # bytes of weight a step
     BLOCK_O: tl.constexpr,  # outlier columns a step
+    NEVER: tl.constexpr,
+    PER_WORD: tl.constexpr,  # columns listed at a time: four bytes, or one value
+    SAMPLE_WINDOWS: tl.constexpr,  # windows of one sample that a tile meets at most
+    BLOCK_R: tl.constexpr,  # all windows that a tile meets at most
+    BLOCK_L: tl.constexpr,  # words a step when listing
 ):
     tiles_n: tl.constexpr = (OUTPUTS + BLOCK_N - 1) // BLOCK_N
     tile = tl.program_id(0) // tiles_n
@@ -88,6 +91,44 @@ def linear_dynamic_outlier_kernel(
     sample = (first_token + row) // LENGTH
     token = (first_token + row) % LENGTH
     half: tl.constexpr = (COLUMNS + 1) // 2 if PACKED else COLUMNS  # bytes of one weight row
+
+    # The columns that a window which the tile meets lists at all. Every program of a tile of rows
+    # writes the same list, with room for every column.
+    windows: tl.constexpr = (LENGTH + WINDOW - 1) // WINDOW
+    outlier_start_ptr += first_sample * windows * COLUMNS
+    columns_ptr += tile.to(tl.int64) * COLUMNS
+    met = tl.arange(0, BLOCK_R) // SAMPLE_WINDOWS * LENGTH  # each sample's first row
+    first_met = tl.maximum(first_token - met, 0)
+    last_met = tl.minimum(first_token + tl.minimum(left_m, BLOCK_M) - met, LENGTH) - 1
+    low_step = LENGTH - 1 - last_met if REVERSE else first_met
+    high_step = LENGTH - 1 - first_met if REVERSE else last_met
+    window = low_step // WINDOW + tl.arange(0, BLOCK_R) % SAMPLE_WINDOWS
+    is_met = (first_met <= last_met) & (window * WINDOW <= high_step)
+    met_row = (met // LENGTH * windows + window) * (COLUMNS // PER_WORD)
+    found = 0
+    for first_l in range(0, COLUMNS // PER_WORD, BLOCK_L):
+        offs_l = first_l + tl.arange(0, BLOCK_L)
+        mask = is_met[:, None] & (offs_l < COLUMNS // PER_WORD)[None, :]
+        offs = met_row[:, None] + offs_l[None, :]
+        if PER_WORD == 4:  # bytes of a word: 255 where a window never lists a column, else 1 below
+            word_ptr = outlier_start_ptr.to(tl.pointer_type(tl.int32))
+            other = ~tl.load(word_ptr + offs, mask=mask, other=-1)
+            lists = ((((other & 0x7F7F7F7F) + 0x7F7F7F7F) | other) >> 7) & 0x01010101
+        else:
+            lists = (tl.load(outlier_start_ptr + offs, mask=mask, other=NEVER) != NEVER).to(
+                tl.int32
+            )
+        lists = tl.sum(lists, axis=0)  # a byte holds BLOCK_R
+        count = tl.zeros((BLOCK_L,), tl.int32)
+        for byte in tl.static_range(PER_WORD):
+            count += ((lists >> (8 * byte)) & 0xFF > 0).to(tl.int32)
+        place = found + tl.cumsum(count, axis=0) - count
+        for byte in tl.static_range(PER_WORD):
+            is_listed = (lists >> (8 * byte)) & 0xFF > 0
+            tl.store(columns_ptr + place, offs_l * PER_WORD + byte, mask=is_listed)
+            place += is_listed.to(tl.int32)
+        found += tl.sum(count, axis=0)
+    tl.debug_barrier()  # what one thread stored, others load
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     offs_k = tl.arange(0, BLOCK_K)
@@ -119,12 +160,8 @@ def linear_dynamic_outlier_kernel(
         acc = acc >> 4  # the nibbles were times 16
 
     step = LENGTH - 1 - token if REVERSE else token
-    windows: tl.constexpr = (LENGTH + WINDOW - 1) // WINDOW
-    outlier_start_ptr += first_sample * windows * COLUMNS
     start_row = (sample * windows + step // WINDOW) * COLUMNS
     position = step % WINDOW
-    columns_ptr += tile.to(tl.int64) * COLUMNS
-    found = tl.load(counts_ptr + tile)
     offs_o = tl.arange(0, BLOCK_O)
     if OUTLIER_BITS == 16:
         acc_o = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
