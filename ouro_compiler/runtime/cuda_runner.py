@@ -1,4 +1,4 @@
-"""Running a graph on a GPU: folded constants, direct calls, and CUDA graphs by batch size."""
+"""Running a graph on a GPU: folded constants, launches in groups, and CUDA graphs by batch size."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from torch import Tensor, fx
 from ouro_compiler.runtime.cuda_graphs import CudaGraphs, Function
 from ouro_compiler.runtime.folding import call_directly, fold_constants
 from ouro_compiler.runtime.replays import Replays
+from ouro_compiler.runtime.schedule import Schedule
 
 _GRAPHS = 4  # batch sizes whose graphs are kept
 
 
 class CudaGraphWarning(UserWarning):
-    """A batch size runs kernel after kernel, for the reason given."""
+    """A batch size runs kernel after kernel, or each launch by itself, for the reason given."""
 
 
 class CudaRunner:
     """Runs a graph of one input, as the graph itself would, on the device of its constants.
 
-    The first batch of a size goes through the graph; a size that comes again gets a CUDA graph.
-    capture: makes it, from the function and images (CudaGraphs).
+    The first batch of a size goes through the graph; a size that comes again gets a CUDA graph of
+    grouped launches (Schedule). capture: makes it, from a function and images (CudaGraphs).
     """
 
     def __init__(
@@ -33,7 +34,8 @@ class CudaRunner:
     ) -> None:
         device = device_of(gm)
         with torch.inference_mode(False), torch.no_grad():
-            self._direct = call_directly(fold_constants(gm), device.type)
+            self._folded = fold_constants(gm)
+            self._direct = call_directly(self._folded, device.type)
         self._capture = capture or CudaGraphs(device).capture
         self._graphs = Replays(self._captured, _GRAPHS)
 
@@ -50,10 +52,24 @@ class CudaRunner:
 
     def _captured(self, images: Tensor) -> Function:
         try:
-            return self._capture(self._direct, images)
+            return self._capture(self._grouped(images), images)
         except Exception as error:  # whatever a capture raises, the kernels run without it
             warnings.warn(
                 f"batches of {images.shape[0]} run without a CUDA graph: {_cause(error)}",
+                CudaGraphWarning,
+                stacklevel=2,
+            )
+            return self._direct
+
+    def _grouped(self, images: Tensor) -> Function:
+        """The graph with independent launches in groups; elsewhere than on a GPU as it is."""
+        if not images.is_cuda:
+            return self._direct
+        try:
+            return Schedule(self._folded, images)
+        except Exception as error:  # as above
+            warnings.warn(
+                f"batches of {images.shape[0]} run without grouped launches: {_cause(error)}",
                 CudaGraphWarning,
                 stacklevel=2,
             )

@@ -25,7 +25,7 @@ from ouro_compiler.kernels.quantize import causal_conv1d_quantize, quantize_dyna
 from ouro_compiler.kernels.scan import selective_scan
 from ouro_compiler.models.vim import vim_micro
 from ouro_compiler.ops.quantize import quantize_dynamic_outlier_ref
-from ouro_compiler.runtime.cpu_runner import fold_constants
+from ouro_compiler.runtime.folding import fold_constants
 from ouro_compiler.runtime.schedule import Schedule
 from tests.helpers import assert_close, generator, randn
 from tests.kernels.inputs import activation, assert_equal, on
