@@ -23,7 +23,7 @@ from ouro_compiler.frontend.preprocessing import expected_preprocessing
 from ouro_compiler.kernels.launch import Launch
 from ouro_compiler.kernels.spec import Template
 from ouro_compiler.models import vim
-from ouro_compiler.runtime.cpu_runner import fold_constants
+from ouro_compiler.runtime.folding import fold_constants
 from ouro_compiler.runtime.schedule import Schedule
 
 DEFAULT = "vim_tiny,vim_small,vim_base"
