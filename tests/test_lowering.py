@@ -153,7 +153,7 @@ def test_plan_of_a_graph() -> None:
     ]
     assert specs == again, "kernels do not depend on the batch"
     linears = [plan for plan in plans if plan.op == "linear_dynamic_outlier"]
-    assert all(len(plan.launches) == 2 for plan in linears)
+    assert {len(plan.launches) for plan in linears} == {1}
     distinct = distinct_launches(plans)
     assert len(distinct) < sum(len(plan.launches) for plan in plans)
     assert {launch.spec for launch in distinct} == {spec for one in specs for spec in one}
