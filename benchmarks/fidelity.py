@@ -32,6 +32,7 @@ from ouro_compiler.config import PRESETS, QuantConfig
 from ouro_compiler.evaluation import powers
 from ouro_compiler.frontend.capture import capture, exported
 from ouro_compiler.frontend.detect import ARCHITECTURES
+from ouro_compiler.graph import all_arguments, is_op
 from ouro_compiler.passes import QUANTIZE
 from ouro_compiler.passes.base import PassContext, pass_name, run_passes
 from ouro_compiler.recipes import RECIPES, find_recipe
@@ -39,6 +40,7 @@ from ouro_compiler.recipes.planning import Plan
 
 MODELS = "vim_small,vmamba_tiny_s1l8"
 BITS = ("w8a8", "w4a4")
+_SCAN = torch.ops.ouro.selective_scan.default
 
 
 @suite("fidelity")
@@ -85,6 +87,7 @@ def layer_errors(
 ) -> Row:
     """SNR (dB) of the logits and of every quantized layer's output; None where nothing differs.
 
+    None too for scans whose D u or gate moved behind them (ksq): their outputs mean something else.
     layers: name, kind and snr_db, in the graph's order.
     """
     start = time.perf_counter()
@@ -97,11 +100,17 @@ def layer_errors(
         quantized = capture(program, example)
         other = prepare(quantized, config)
         _simulate(quantized, other, config, calibration)
-        measured = _Outputs(quantized, _nodes_of(quantized, other, kinds), expected.kept)
+        nodes = _nodes_of(quantized, other, kinds)
+        moved = _with_parts_behind(quantized, plan, nodes)
+        measured = _Outputs(quantized, nodes, expected.kept)
         found = measured.run(images)
     first, second = (one if isinstance(one, Tensor) else one[0] for one in (logits, found))
     layers = [
-        {"layer": name, "kind": kinds[name], "snr_db": _decibels(*measured.powers[name])}
+        {
+            "layer": name,
+            "kind": kinds[name],
+            "snr_db": None if name in moved else _decibels(*measured.powers[name]),
+        }
         for name in kinds
     ]
     return {
@@ -134,6 +143,19 @@ def _nodes_of(gm: fx.GraphModule, plan: Plan, layers: Iterable[str]) -> dict[str
         if name is None:
             raise ValueError(f"no node computes {layer} once quantizers are inserted")
         found[name] = layer
+    return found
+
+
+def _with_parts_behind(gm: fx.GraphModule, plan: Plan, nodes: dict[str, str]) -> set[str]:
+    """Layers of nodes that are scans without the D or z that the same scan had before."""
+    there = {node.name: node for node in gm.graph.nodes}
+    found = set()
+    for name, layer in nodes.items():
+        before = plan.nodes[layer]
+        if is_op(before, _SCAN):
+            parts = [all_arguments(one)[5:7] for one in (before, there[name])]
+            if any(mine is not None and left is None for mine, left in zip(*parts, strict=True)):
+                found.add(layer)
     return found
 
 

@@ -12,6 +12,7 @@ INTRO = """## Full size, random weights
 SNR in dB against floating point, of the logits and of the outputs of quantized layers (errors of
 the layers before included; median and lowest). Noise of 224 x 224 pixels, random weights:
 it shows which layers err and how errors grow, not what accuracy a trained model would lose.
+Scans of `ksq` are not compared: their gate is behind them.
 """
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -172,6 +173,11 @@ def test_errors_by_layer() -> None:
     assert {row["kind"] for row in coarse["layers"]} == {"linear", "scan"}
     for first, second in zip(fine["layers"], coarse["layers"], strict=True):
         assert first["snr_db"] > second["snr_db"] > -5, first["layer"]
+    moved = dataclasses.replace(ouro.W4A4, recipe="ksq")
+    found = fidelity.layer_errors(program, images(2), moved, *given)["layers"]
+    scans = {row["snr_db"] for row in found if row["kind"] == "scan"}
+    assert scans == {None}  # their gates are behind them
+    assert all(row["snr_db"] > -5 for row in found if row["kind"] == "linear")
     row = {"row": "fidelity/m/w4a4/a", "seed": 0, "images": 8, "reason": None, **coarse}
     page = accuracy_table.page([("f.json", {"rows": [row], "machine": machine()})])
     assert f"| m | W4A4 | a | {coarse['logits_snr_db']:.1f} |" in page
