@@ -1,7 +1,7 @@
 """Suite "cpu": models and kernels on this machine's cores, against others and against its ceilings.
 
     python -m benchmarks.run --suite cpu --json FILE [--filter REGEX] [--models A,B]
-        [--batches 1,8] [--rounds 9] [--images 2]
+        [--batches 1,8] [--rounds 9] [--images 2] [--artefacts FOLDER]
     python -m benchmarks.cpu_table FILE
 
 --filter is searched in "ceilings", "kernels/bBATCH/GROUP/NAME" and "MODEL/bBATCH/VARIANT". A row
@@ -68,6 +68,7 @@ def cpu(options: argparse.Namespace) -> list[Row]:
             rounds=options.rounds,
             pattern=pattern,
             report=report,
+            artefacts=options.artefacts,
         )
         save()  # a run takes long: what it has so far is in the file
     return [about(), *ceilings, *rows]

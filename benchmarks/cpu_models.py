@@ -8,6 +8,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -100,8 +101,12 @@ def measure_model(
     pattern: str = "",
     variants: Mapping[str, Variant] = VARIANTS,
     report: Callable[[Row], None] = lambda row: None,
+    artefacts: Path | None = None,
 ) -> list[Row]:
-    """Rows of one model. pattern: a regular expression searched in "MODEL/bBATCH/VARIANT"."""
+    """Rows of one model. pattern: a regular expression searched in "MODEL/bBATCH/VARIANT".
+
+    artefacts: a folder to keep compiled models in, and to take them from.
+    """
     rows: list[Row] = []
     subject: Subject | None = None
     for batch in batches:
@@ -111,7 +116,7 @@ def measure_model(
             if re.search(pattern, f"{name}/b{batch}/{key}")
         }
         if chosen:
-            subject = subject or Subject(name, images)
+            subject = subject or Subject(name, images, artefacts=artefacts)
             found = _measure_batch(subject, batch, chosen, rounds)
             for row in found:
                 report(row)

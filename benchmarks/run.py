@@ -37,7 +37,9 @@ def main() -> None:
     parser.add_argument(
         "--rounds", type=int, default=9, help="turns of every variant (cpu, gpu, onnx)"
     )
-    parser.add_argument("--artefacts", type=Path, help="keep compiled models in a folder (gpu)")
+    parser.add_argument(
+        "--artefacts", type=Path, help="keep compiled models in a folder (cpu, gpu)"
+    )
     parser.add_argument("--json", type=Path, help="write the rows, with what they were made with")
     given = parser.parse_args()
     if given.workers < 1:

@@ -34,6 +34,7 @@ def rows() -> list[dict[str, object]]:
         images=2,
         rounds=1,
         json=None,
+        artefacts=None,
     )
     return cpu.cpu(options)
 
