@@ -158,7 +158,11 @@ def speed_section(rows: Sequence[Row]) -> str:
             f"| {model} | {recipe} | {bits.upper()} | {' | '.join(seconds)} | {rate} | {layers} | "
             f"{size} |"
         )
-    return "\n".join(["## Time and size\n", *lines, ""])
+    text = (
+        "Seconds and images a second are of a machine that may have done other work: their order\n"
+        "means more than their size.\n"
+    )
+    return "\n".join(["## Time and size\n", text, *lines, ""])
 
 
 def failure_section(rows: Sequence[Row]) -> str:
