@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from benchmarks.peers import UnavailableError
+from ouro_compiler.frontend.standins.modules import is_stand_in
 
 
 def cuda_kernels() -> dict[str, Callable[..., Tensor]]:
@@ -26,10 +27,13 @@ def cuda_kernels() -> dict[str, Callable[..., Tensor]]:
 
 def _module(name: str) -> Any:
     try:
-        return importlib.import_module(name)
+        module = importlib.import_module(name)
     except ImportError as error:
         reason = (str(error).splitlines() or ["no message"])[0]
         raise UnavailableError(f"{name} cannot be imported: {reason[:120]}") from error
+    if is_stand_in(module):
+        raise UnavailableError(f"{name} cannot be imported: a stand-in is in its place")
+    return module
 
 
 def _scan_by(module: Any) -> Callable[..., Tensor]:
