@@ -10,6 +10,7 @@ from functools import lru_cache
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ouro_compiler as ouro
 from ouro_compiler.kernels.cpp import launch as cpp_launch
@@ -17,7 +18,7 @@ from ouro_compiler.kernels.dispatch import ReferenceWarning
 from ouro_compiler.kernels.launch import Launch
 from ouro_compiler.runtime.compiled_model import CompiledModel
 from ouro_compiler.runtime.cpu_runner import CpuRunner
-from ouro_compiler.runtime.folding import fold_constants
+from ouro_compiler.runtime.folding import fold_constants, unflatten
 from ouro_compiler.runtime.tape import Tape, _Buffer, _place
 from tests.models import images, small_vim
 
@@ -181,3 +182,16 @@ def test_constants_are_computed_once() -> None:
     assert packed, "codes of linear layers stay packed"
     assert len(gm.graph.nodes) > len(folded.graph.nodes)
     assert torch.equal(folded(images(2)), by_graph(compiled("w4a4"), images(2)))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_unflatten_has_the_strides_of_fake_tensors(batch: int) -> None:
+    """A convolution behind it then sums in the same order on the tape and off it."""
+    for x in (torch.randn(batch, 12, 48), torch.randn(batch, 48, 12).transpose(1, 2)):
+        for dim, sizes in ((1, [3, 4]), (-1, [6, -1]), (2, [2, 3, 8])):
+            found = unflatten(x, dim, sizes)
+            assert torch.equal(found, x.unflatten(dim, sizes))
+            assert found.data_ptr() == x.data_ptr()
+            with FakeTensorMode() as mode:
+                expected = mode.from_tensor(x).unflatten(dim, sizes)
+            assert found.stride() == expected.stride()

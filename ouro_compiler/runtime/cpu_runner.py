@@ -17,7 +17,10 @@ _TAPES = 2  # batch sizes whose memory is kept
 
 
 class CpuRunner:
-    """Runs a graph of one input, bit for bit as the graph itself would.
+    """Runs a graph of one input, a size bit for bit the same each time.
+
+    The bits are the graph's, but for batches of one whose convolutions choose another memory format
+    there (`folding.unflatten`).
 
     The first batch of a size goes through the graph; a size that comes again gets a tape.
     """

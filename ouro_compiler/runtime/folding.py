@@ -6,6 +6,7 @@ The stored graph stays as it is: it runs on every device, and shows what is comp
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,11 +36,29 @@ def call_directly(gm: fx.GraphModule, device: str) -> fx.GraphModule:
     """
     direct = _copy(gm)
     for node in direct.graph.nodes:
-        if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "ouro":
+        if node.target == torch.ops.aten.unflatten.int:
+            node.target = unflatten
+        elif isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "ouro":
             name = node.target._schema.name.removeprefix("ouro::")
             node.target = function_on(device.upper(), name) or node.target
     direct.recompile()
     return direct
+
+
+def unflatten(x: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
+    """aten.unflatten with the strides that it has on fake tensors, of which tapes are made.
+
+    The real one gives a batch of one another stride, and convolutions then choose another memory
+    format: other last bits in the first run of a size than in the next.
+    """
+    found = x.unflatten(dim, list(sizes))
+    place = dim % x.dim()
+    count = found.dim() - x.dim() + 1
+    inner = [x.stride(place)]
+    for size in reversed(found.shape[place + 1 : place + count]):
+        inner.insert(0, inner[0] * size)
+    strides = (*x.stride()[:place], *inner, *x.stride()[place + 1 :])
+    return found.as_strided(found.shape, strides)
 
 
 def _copy(gm: fx.GraphModule) -> fx.GraphModule:
