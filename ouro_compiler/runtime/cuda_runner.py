@@ -54,12 +54,7 @@ class CudaRunner:
         try:
             return self._capture(self._grouped(images), images)
         except Exception as error:  # whatever a capture raises, the kernels run without it
-            warnings.warn(
-                f"batches of {images.shape[0]} run without a CUDA graph: {_cause(error)}",
-                CudaGraphWarning,
-                stacklevel=2,
-            )
-            return self._direct
+            return self._without("a CUDA graph", images, error)
 
     def _grouped(self, images: Tensor) -> Function:
         """The graph with independent launches in groups; elsewhere than on a GPU as it is."""
@@ -68,12 +63,16 @@ class CudaRunner:
         try:
             return Schedule(self._folded, images)
         except Exception as error:  # as above
-            warnings.warn(
-                f"batches of {images.shape[0]} run without grouped launches: {_cause(error)}",
-                CudaGraphWarning,
-                stacklevel=2,
-            )
-            return self._direct
+            return self._without("grouped launches", images, error)
+
+    def _without(self, what: str, images: Tensor, error: Exception) -> Function:
+        """The plain graph, and a warning that says why."""
+        warnings.warn(
+            f"batches of {images.shape[0]} run without {what}: {_cause(error)}",
+            CudaGraphWarning,
+            stacklevel=3,
+        )
+        return self._direct
 
 
 def device_of(gm: fx.GraphModule) -> torch.device:
