@@ -17,6 +17,7 @@ from torch.export.passes import move_to_device_pass
 
 from ouro_compiler.backend_options import Inner, Options, open_calibration, some_images
 from ouro_compiler.compiler import Images, prepare, quantize, refuse_skipped, timed
+from ouro_compiler.config import Target
 from ouro_compiler.errors import RefusedLayerError, UsageError
 from ouro_compiler.frontend.batch import free_batch
 from ouro_compiler.frontend.capture import capture
@@ -96,7 +97,9 @@ class CompiledGraph:
 
 def _compile(graph: ImageGraph, images: Images, options: Options) -> tuple[fx.GraphModule, Report]:
     """The road of compile(). Raises UncalibratableError if nothing is to be quantized."""
-    report = Report(config=options.config.to_dict())
+    target: Target = "cuda" if graph.device.type == "cuda" else "cpu"
+    config = options.config.for_target(target)
+    report = Report(config=config.to_dict())
     example = torch.zeros(graph.shape)
     with timed(report, "capture"):
         if graph.dynamic:
@@ -104,7 +107,7 @@ def _compile(graph: ImageGraph, images: Images, options: Options) -> tuple[fx.Gr
         else:
             captured = free_batch(graph.module, some_images(images, graph.shape[0]))
         refuse_training(captured)
-        plan = prepare(captured, options.config)
+        plan = prepare(captured, config)
     if all(row.status == "skipped" for row in plan.rows):
         if options.strict:
             refuse_skipped(plan.rows)
@@ -116,10 +119,10 @@ def _compile(graph: ImageGraph, images: Images, options: Options) -> tuple[fx.Gr
         captured,
         plan,
         example,
-        options.config,
+        config,
         report,
         calibration=images,
-        target="cuda" if graph.device.type == "cuda" else "cpu",
+        target=target,
         strict=options.strict,
         batch_size=options.batch_size,
         cache=options.cache,

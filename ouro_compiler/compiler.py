@@ -73,6 +73,7 @@ def compile(
     ModelError if the model cannot be traced.
     """
     example = example_inputs[0] if isinstance(example_inputs, tuple) else example_inputs
+    config = config.for_target(target or "cpu")
     report = Report(config=config.to_dict())
     find_recipe(config.recipe).configure(config)  # refuses what it cannot mean, before any work
     with timed(report, "capture"):

@@ -22,6 +22,7 @@ InlierScale = Literal["per_time_step", "per_tensor"]
 Threshold = Literal["static_t", "scalar", "dynamic_full", "dynamic_residual"]
 Trigger = Literal["gated", "always", "global_any"]
 Target = Literal["cpu", "cuda"]
+ActivationDtype = Literal["auto", "fp32", "fp16", "bf16"]
 Features = Literal["alpha", "yp"]
 HiddenWeights = Literal["normalised", "raw", "uniform"]
 OutputLossName = Literal["mae", "ce", "none"]
@@ -84,11 +85,16 @@ class DynamicOutlierSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantConfig:
-    """How a model is quantized. Layer names match `include` and none of `exclude` (fnmatch)."""
+    """How a model is quantized. Layer names match `include` and none of `exclude` (fnmatch).
+
+    activation_dtype: of what products hand to the kernels behind them (pass narrow_activations);
+    auto is fp16 for CUDA and fp32 for a CPU.
+    """
 
     weights: WeightSpec = field(default_factory=WeightSpec)
     activations: DynamicOutlierSpec = field(default_factory=DynamicOutlierSpec)
     ssm: SsmCoverage = "params"
+    activation_dtype: ActivationDtype = "auto"
     recipe: str = "ouromamba"
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
@@ -102,6 +108,13 @@ class QuantConfig:
 
     def __post_init__(self) -> None:
         _check_choice("ssm", self.ssm, SsmCoverage)
+        _check_choice("activation_dtype", self.activation_dtype, ActivationDtype)
+
+    def for_target(self, target: Target) -> QuantConfig:
+        """The configuration with what is left to the target decided."""
+        if self.activation_dtype != "auto":
+            return self
+        return dataclasses.replace(self, activation_dtype="fp16" if target == "cuda" else "fp32")
 
     def for_layer(self, layer: str) -> QuantConfig:
         """The configuration as one layer sees it: the last of `overrides` that names it applied."""

@@ -6,12 +6,14 @@ from ouro_compiler.passes.base import Pass
 from ouro_compiler.passes.cancel_slices import cancel_slices
 from ouro_compiler.passes.fold_constants import fold_constants
 from ouro_compiler.passes.fold_delta_bias import fold_delta_bias
+from ouro_compiler.passes.fuse_delta_softplus import fuse_delta_softplus
 from ouro_compiler.passes.fuse_dequantize_epilogue import fuse_dequantize_epilogue
 from ouro_compiler.passes.fuse_dequantize_scan import fuse_dequantize_scan
 from ouro_compiler.passes.fuse_direction_flips import fuse_direction_flips
 from ouro_compiler.passes.fuse_quantize_prologue import fuse_quantize_prologue
 from ouro_compiler.passes.insert_fake_quantize import insert_fake_quantize
 from ouro_compiler.passes.insert_quantize_dequantize import insert_quantize_dequantize
+from ouro_compiler.passes.narrow_activations import narrow_activations
 from ouro_compiler.passes.normalize_linear import normalize_linear
 from ouro_compiler.passes.quantize_recurrence import quantize_recurrence
 from ouro_compiler.passes.raise_causal_conv1d import raise_causal_conv1d
@@ -44,7 +46,9 @@ INSERT: tuple[Pass, ...] = (
 QUANTIZE: tuple[Pass, ...] = (
     *INSERT,  # from here on the graph computes in floating point what it will in integers
     fuse_dequantize_epilogue,  # reads what the first pass wrote
+    fuse_delta_softplus,  # needs the product behind delta
     fuse_quantize_prologue,  # which values must be emitted shows once no linear dequantizes
-    fuse_dequantize_scan,  # last: the pass before takes gates out of plain scans
+    fuse_dequantize_scan,  # the pass before takes gates out of plain scans
+    narrow_activations,  # last: who reads a product's result is known only now
 )
 PIPELINE: tuple[Pass, ...] = NORMALIZE + QUANTIZE

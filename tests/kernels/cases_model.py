@@ -28,6 +28,7 @@ from tests.models import compiled_vim, images
 CONFIGS = {
     "w4a4": ouro.W4A4,
     "w8a8 none": dataclasses.replace(ouro.W8A8, ssm="none"),
+    "w4a4 none fp16": dataclasses.replace(ouro.W4A4, ssm="none", activation_dtype="fp16"),
 }
 
 
