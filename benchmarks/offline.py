@@ -21,6 +21,7 @@ from ouro_compiler.kernels import linear, quantize, quantized_scan, scan, scan_d
 from ouro_compiler.kernels.grouping import join
 from ouro_compiler.kernels.launch import Launch, record_launches
 from ouro_compiler.kernels.offline import compile_ahead, parse_architectures
+from ouro_compiler.kernels.quantizing_linear import quantizing_linear
 
 BATCH, LENGTH, PERIOD = 32, 197, 10
 WINDOWS = -(-LENGTH // PERIOD)
@@ -203,7 +204,10 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
 
 
 def group_cases() -> Iterator[tuple[str, Launch]]:
-    """Groups as a layer of Vim-T has them: both directions, and the quantizers of dt, B and C."""
+    """Groups as a layer of Vim-T has them: both directions, and the quantizers of dt, B and C.
+
+    And dt_proj with its own quantizer, as a layer has it.
+    """
     for name, run in (
         ("x_proj, both directions", _bind(linear_case, 384, 44, packed=True, outlier_bits=8)),
         ("dt_proj, both directions", _bind(linear_case, 12, 384, packed=True, outlier_bits=8)),
@@ -215,6 +219,31 @@ def group_cases() -> Iterator[tuple[str, Launch]]:
     yield "conv, both directions", join([convolution, other_direction(convolution)])
     widths = [recorded(_bind(quantizer_cases, channels))[0] for channels in (12, 16, 16)]
     yield "dt, B, C, both directions", join([*widths, *map(other_direction, widths)])
+    for name, inputs, outputs in (("T", 12, 384), ("S", 24, 768), ("B", 48, 1536)):
+        chained = chain_case(inputs, outputs)
+        yield f"Vim-{name} dt_proj", chained
+        yield f"Vim-{name} dt_proj, both", join([chained, other_direction(chained)])
+
+
+def chain_case(inputs: int, outputs: int) -> Launch:
+    """A quantizer of few features and dt_proj behind it as one launch; fp16, 4-bit weights."""
+    static = (4, 8, PERIOD, False)
+    with FakeTensorMode(), record_launches() as recording:
+        x = torch.empty(BATCH, LENGTH, inputs, dtype=HALF)
+        scale, threshold = _scales()
+        codes, outlier, start = quantize.quantize_dynamic_outlier(
+            x, scale, None, threshold, *static
+        )
+        linear.linear_dynamic_outlier(
+            *(codes, scale, outlier, start, None),
+            torch.empty(outputs, (inputs + 1) // 2, dtype=torch.uint8),
+            *(torch.empty(outputs, dtype=HALF) for _ in range(2)),
+            *(None, "softplus", *static),
+            dtype=HALF,
+        )
+    chained = quantizing_linear(*recording.launches, lambda one, other: one is other)
+    assert chained is not None
+    return chained
 
 
 def other_direction(launch: Launch) -> Launch:

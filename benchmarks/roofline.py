@@ -108,6 +108,15 @@ def _work(launch: Launch) -> Work:
             int8=2 * rows * spec["COLUMNS"] * spec["OUTPUTS"],
             fp32=EPILOGUE_OPS * rows * spec["OUTPUTS"],
         )
+    if spec.template is Template.QUANTIZING_LINEAR:
+        tokens = launch.args[0].shape[0] * spec["LENGTH"]
+        again = -(-spec["OUTPUTS"] // spec["BLOCK_N"])  # programs that quantize the same rows
+        return Work(
+            bytes=moved,
+            int8=2 * 2 * tokens * spec["COLUMNS"] * spec["OUTPUTS"],  # inliers, then outliers
+            fp32=tokens
+            * (EPILOGUE_OPS * spec["OUTPUTS"] + QUANTIZER_OPS * spec["COLUMNS"] * again),
+        )
     elements = launch.args[0].numel()
     constants = dict(spec.constants)
     if "STATES" in constants:  # a scan

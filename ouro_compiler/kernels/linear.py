@@ -95,6 +95,7 @@ def linear_dynamic_outlier(
             *((Epilogue.RESIDUAL,) if residual is not None else ()),
         ),
         num_warps=8 if blocks["BLOCK_N"] >= 64 else 4,
+        fp_fusion=False,  # alone, in a group or in a chain: the same bits
     )
     grid = (tiles * _cdiv(outputs, blocks["BLOCK_N"]), 1, 1)
     activations = (codes, inlier_scale, outlier_scale, outlier_start, lists, x)

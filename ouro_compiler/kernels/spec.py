@@ -22,6 +22,7 @@ class Template(str, Enum):
     SCAN = "selective_scan"
     SCAN_DYNAMIC_OUTLIER = "selective_scan_dynamic_outlier"
     QUANTIZED_SCAN = "quantized_selective_scan"
+    QUANTIZING_LINEAR = "quantizing_linear"  # two launches as one
     # C++ only
     QUANTIZE_STATIC = "quantize_static_outlier"
     ADD_NORM = "add_norm"

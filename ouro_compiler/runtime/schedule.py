@@ -1,4 +1,7 @@
-"""A graph at one batch size as a list of kernel launches, independent ones grouped into one.
+"""A graph at one batch size as a list of kernel launches, as few as kernels allow.
+
+A quantizer of few columns and the product behind it become one (chains.py), and then independent
+launches of one template.
 
 Running it allocates what the graph would and computes the same, with fewer launches. It starts
 no work but its launches and the calls that have no kernel, and asks for memory in the same order
@@ -16,21 +19,25 @@ from torch.utils import _pytree as pytree
 from ouro_compiler.kernels.cuda import IMPLEMENTATIONS
 from ouro_compiler.kernels.grouping import Access, group_steps, join, joinable, written
 from ouro_compiler.kernels.launch import Launch, launch
+from ouro_compiler.runtime.chains import chain_launches
 from ouro_compiler.runtime.record import Call, Step, record_graph, storage_number, tensors_of
 
 
 class Schedule:
     """Runs a graph of one input at one batch size, where its constants are.
 
-    steps: what is launched and called, in order. names: of the nodes behind each step.
+    steps: what is launched and called, in order. names: of the nodes behind each step. group: False
+    leaves every launch by itself.
     """
 
     def __init__(self, gm: fx.GraphModule, images: Tensor, *, group: bool = True) -> None:
         like = torch.empty_like(images, memory_format=torch.contiguous_format)
         self._record = record_graph(gm, like, IMPLEMENTATIONS)
         steps, names = self._record.steps, self._record.names
+        if group:
+            steps, names = chain_launches(self._record)
         accesses = [self._access(step) for step in steps]
-        self._check_reads(accesses)
+        self._check_reads(accesses, names)
         order = group_steps(accesses) if group else [[number] for number in range(len(steps))]
         self.steps: list[Step] = []
         for members in order:
@@ -88,10 +95,10 @@ class Schedule:
             key=joinable(step),
         )
 
-    def _check_reads(self, accesses: list[Access]) -> None:
+    def _check_reads(self, accesses: list[Access], names: list[str]) -> None:
         """A kernel's host side that computed something beside launching would go unnoticed."""
         known = {*self._record.constants, storage_number(self._record.images)}
-        for name, access in zip(self._record.names, accesses, strict=True):
+        for name, access in zip(names, accesses, strict=True):
             if not access.reads <= known:
                 raise RuntimeError(f"{name} reads memory that no step before it writes")
             known |= access.writes

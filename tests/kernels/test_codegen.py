@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.offline import cases, recorded
+from benchmarks.offline import cases, chain_case, recorded
 from ouro_compiler.kernels import codegen
 from ouro_compiler.kernels.codegen import generate, kernel_name
 from ouro_compiler.kernels.spec import Epilogue, KernelSpec, Template, make_spec
 from tests.helpers import REPEATABLE
 
-LAUNCHES = [launch for _, run in cases() for launch in recorded(run)]
+LAUNCHES = [*(one for _, run in cases() for one in recorded(run)), chain_case(12, 384)]
 SPECS = list(dict.fromkeys(launch.spec for launch in LAUNCHES))
 LINEAR = next(spec for spec in SPECS if spec.template is Template.LINEAR)
 

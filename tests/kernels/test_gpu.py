@@ -5,12 +5,14 @@ import torch
 
 from ouro_compiler.ops.selective_scan import selective_scan_ref
 from tests.helpers import assert_close, randn
+from tests.kernels.cases_chain import *  # noqa: F403
 from tests.kernels.cases_group import *  # noqa: F403
 from tests.kernels.cases_linear import *  # noqa: F403
 from tests.kernels.cases_model import *  # noqa: F403
 from tests.kernels.cases_quantize import *  # noqa: F403
 from tests.kernels.cases_quantized_scan import *  # noqa: F403
 from tests.kernels.cases_scan import *  # noqa: F403
+from tests.kernels.cases_scan_dynamic_outlier import *  # noqa: F403
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned")]
 

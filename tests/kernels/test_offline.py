@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from benchmarks.offline import (
+    chain_case,
     conv_case,
     linear_case,
     other_direction,
@@ -197,6 +198,20 @@ def test_both_directions_in_one_launch(arch: int) -> None:
         assert len(found.loops) == len(alone.loops)
         assert found.instructions <= alone.instructions + 160
         assert (found.shared_bytes, found.matrix) == (alone.shared_bytes, alone.matrix)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_quantizer_and_product_in_one_launch(arch: int) -> None:
+    """Codes and lists of a tile in registers: fewer of them than the product by itself takes."""
+    for inputs, outputs in ((12, 384), (48, 1536)):
+        single = chain_case(inputs, outputs)
+        pair = compiled([single, join([single, other_direction(single)])], arch)
+        for found, cap in zip(pair, (136, 184), strict=True):
+            assert found.registers <= cap
+            assert found.exact_division
+            assert not found.approximate_division
+            assert found.matrix is not None
+    assert not single.spec.fp_fusion
 
 
 @pytest.mark.parametrize("arch", [80, 90])

@@ -1,0 +1,62 @@
+"""Two launches as one: a quantizer of few columns and the product that alone reads its codes.
+
+dt_proj reads 3 to 48 features a token: every program that multiplies rows quantizes them again, in
+registers. No operator: `runtime/chains.py` finds pairs among recorded launches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from ouro_compiler.kernels.launch import Launch, next_power_of_2
+from ouro_compiler.kernels.spec import Template, make_spec
+from ouro_compiler.ops.quantize import KEEP_FLOAT_BITS
+
+_MOST_COLUMNS = 64  # of a row in registers, and one step of the product
+_ROWS = 64  # of a program, as in the product by itself
+
+
+def quantizing_linear(
+    quantize: Launch, product: Launch, same: Callable[[Tensor, Tensor], bool]
+) -> Launch | None:
+    """One launch that computes what the two do but for codes and scales; None if there is none.
+
+    same: whether two tensors are one piece of memory, of one shape.
+    """
+    if (quantize.spec.template, product.spec.template) != (Template.QUANTIZE, Template.LINEAR):
+        return None
+    x, scale, _, threshold, codes, outlier_scale, start, *strides = quantize.args
+    given = (codes, scale, outlier_scale, start)
+    if not all(same(one, other) for one, other in zip(given, product.args[:4], strict=True)):
+        return None
+    made, reads = quantize.spec, product.spec
+    if any(made[name] != reads[name] for name in ("LENGTH", "COLUMNS", "WINDOW", "REVERSE")):
+        return None
+    window, columns, outputs = made["WINDOW"], made["COLUMNS"], reads["OUTPUTS"]
+    if made["ASYMMETRIC"] or made["OUTLIER_BITS"] == KEEP_FLOAT_BITS:
+        return None
+    if columns > _MOST_COLUMNS or window > _ROWS:
+        return None
+    tile = _ROWS // window * window
+    spec = make_spec(
+        Template.QUANTIZING_LINEAR,
+        {
+            **{name: made[name] for name in ("LENGTH", "COLUMNS", "WINDOW", "REVERSE", "NEVER")},
+            **{name: made[name] for name in ("INLIER_BITS", "OUTLIER_BITS")},
+            **{name: reads[name] for name in ("OUTPUTS", "PACKED", "SCALE_PER_OUTPUT", "BLOCK_N")},
+            "TILE": tile,
+            "BLOCK_M": _ROWS,
+            "BLOCK_K": max(32, next_power_of_2(columns)),  # of an int8 matrix instruction
+            "BLOCK_W": next_power_of_2(tile // window),
+        },
+        epilogue=reads.epilogue,
+        num_warps=reads.num_warps,
+        fp_fusion=False,  # codes are the quantizer's bit for bit
+    )
+    tiles = -(-made["LENGTH"] // tile) * codes.shape[0]
+    grid = (tiles * -(-outputs // reads["BLOCK_N"]), 1, 1)
+    qweight, weight_scale, bias, residual, y = product.args[6:11]
+    args = (x, scale, threshold, start, qweight, weight_scale, bias, residual, y, *strides)
+    return Launch(spec=spec, grid=grid, args=args)
