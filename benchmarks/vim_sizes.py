@@ -1,6 +1,7 @@
 """Bytes, wall time and peak memory of `ouro-compile --w4a4` on Vim-T / S / B with random weights.
 
-    python -m benchmarks.vim_sizes [--sizes tiny small base] [--images 8] [--output FILE.json]
+    python -m benchmarks.vim_sizes [--sizes tiny small base] [--images 8] [--head-bits 4]
+        [--output FILE.json]
 
 Calibrated on noise: bytes do not depend on it. Each model is compiled in a process of its own.
 """
@@ -23,7 +24,7 @@ from safetensors.torch import save_file
 from ouro_compiler.models.vim import ARCHITECTURES
 
 
-def measure(size: str, images: int) -> dict[str, Any]:
+def measure(size: str, images: int, head_bits: int | None) -> dict[str, Any]:
     """Compile one model; bytes from its report, seconds and megabytes of the whole process."""
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
@@ -32,6 +33,7 @@ def measure(size: str, images: int) -> dict[str, Any]:
         save_file(model.state_dict(), place / "model.safetensors")
         command = [sys.executable, "-m", "ouro_compiler", "compile", "model.safetensors", "--w4a4"]
         command += ["--calibration", "noise", "--images", str(images), "--batch-size", "8"]
+        command += ["--set", f"head_bits={head_bits or 'none'}"]
         command += ["-q", "-o", "out.pt2", "--report", "report.json"]
         start = time.perf_counter()
         process = subprocess.Popen(command, cwd=place)
@@ -43,6 +45,7 @@ def measure(size: str, images: int) -> dict[str, Any]:
         return {
             "model": f"vim_{size}",
             "images": images,
+            "head_bits": head_bits,
             "bytes": report["bytes"],
             "file_bytes": (place / "out.pt2").stat().st_size,
             "seconds": round(seconds, 1),
@@ -77,9 +80,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", nargs="+", default=["tiny", "small", "base"])
     parser.add_argument("--images", type=int, default=8)
+    parser.add_argument("--head-bits", type=int, help="of the weights of heads")
     parser.add_argument("--output", type=Path, help="write the rows as JSON")
     args = parser.parse_args()
-    rows = [measure(size, args.images) for size in args.sizes]
+    rows = [measure(size, args.images, args.head_bits) for size in args.sizes]
     print_rows(rows)
     if args.output is not None:
         args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -87,13 +87,15 @@ class DynamicOutlierSpec:
 class QuantConfig:
     """How a model is quantized. Layer names match `include` and none of `exclude` (fnmatch).
 
-    activation_dtype: of what products hand to the kernels behind them (pass narrow_activations);
-    auto is fp16 for CUDA and fp32 for a CPU.
+    head_bits: of the weights of classifier heads, whose arithmetic stays in floating point; None
+    leaves them in fp16. activation_dtype: of what products hand to the kernels behind them (pass
+    narrow_activations); auto is fp16 for CUDA and fp32 for a CPU.
     """
 
     weights: WeightSpec = field(default_factory=WeightSpec)
     activations: DynamicOutlierSpec = field(default_factory=DynamicOutlierSpec)
     ssm: SsmCoverage = "params"
+    head_bits: int | None = None
     activation_dtype: ActivationDtype = "auto"
     recipe: str = "ouromamba"
     include: tuple[str, ...] = ("*",)
@@ -108,6 +110,8 @@ class QuantConfig:
 
     def __post_init__(self) -> None:
         _check_choice("ssm", self.ssm, SsmCoverage)
+        if self.head_bits is not None and self.head_bits not in BITS:
+            raise UsageError(f"head_bits must be one of {BITS} or none, got {self.head_bits}")
         _check_choice("activation_dtype", self.activation_dtype, ActivationDtype)
 
     def for_target(self, target: Target) -> QuantConfig:

@@ -21,6 +21,7 @@ _SIZE_ARITHMETIC = frozenset(
 _OPS = frozenset({"placeholder", "get_attr", "call_function", "output"})
 
 
+HEAD_BITS = "ouro_head_bits"  # in the meta of a linear whose weight alone is to be quantized
 OUTPUT = -1  # the index of a site that is a node's own result
 # Of sites that arise inside a scan: exp(step A), step B and the state (ops/quantized_scan.py); and
 # around them Delta after softplus, C h before D u is added, and silu(z).

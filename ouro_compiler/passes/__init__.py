@@ -15,6 +15,7 @@ from ouro_compiler.passes.insert_fake_quantize import insert_fake_quantize
 from ouro_compiler.passes.insert_quantize_dequantize import insert_quantize_dequantize
 from ouro_compiler.passes.narrow_activations import narrow_activations
 from ouro_compiler.passes.normalize_linear import normalize_linear
+from ouro_compiler.passes.quantize_heads import quantize_heads
 from ouro_compiler.passes.quantize_recurrence import quantize_recurrence
 from ouro_compiler.passes.raise_causal_conv1d import raise_causal_conv1d
 from ouro_compiler.passes.raise_norm import raise_norm
@@ -41,7 +42,8 @@ NORMALIZE: tuple[Pass, ...] = (
 INSERT: tuple[Pass, ...] = (
     insert_quantize_dequantize,  # needs the calibrated table, so the graph must be normalised
     insert_fake_quantize,  # the sites of simulated recipes; order between the two is free
-    quantize_recurrence,  # after both: it takes scans with what they did to operands and outputs
+    quantize_heads,  # anywhere: the plan has marked them
+    quantize_recurrence,  # after both inserters: it takes scans with what they did to them
 )
 QUANTIZE: tuple[Pass, ...] = (
     *INSERT,  # from here on the graph computes in floating point what it will in integers

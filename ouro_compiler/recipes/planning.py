@@ -15,6 +15,7 @@ from torch import fx
 
 from ouro_compiler.config import QuantConfig
 from ouro_compiler.graph import (
+    HEAD_BITS,
     RECURRENCE,
     Site,
     all_arguments,
@@ -189,11 +190,21 @@ def linear_refusal(layer: Layer) -> str | None:
 
 
 def skip_head(layer: Layer) -> Chosen | None:
-    """The row of a linear that reads no tokens, a classifier's head; None for others."""
+    """The row of a linear that reads no tokens, a classifier's head; None for others.
+
+    With `head_bits` its weight is quantized, if it is a constant.
+    """
     if is_token_linear(layer):
         return None
-    reason = "its input is no token sequence (B, L, K): the recipe leaves heads alone"
-    return layer.skipped(reason), []
+    bits = layer.config.head_bits
+    if bits is None or get_constant(layer.gm, layer.node.args[1]) is None:
+        reason = "its input is no token sequence (B, L, K): the recipe leaves heads alone"
+        return layer.skipped(reason), []
+    row = layer.selected(None, simulated="a head: its weight is quantized, its input is not")
+    if row.status == "skipped":
+        return row, []
+    layer.node.meta.update({HEAD_BITS: bits, "ouro_layer": layer.name})
+    return dataclasses.replace(row, weight_bits=bits, activation_bits=None), []
 
 
 def is_token_linear(layer: Layer) -> bool:
