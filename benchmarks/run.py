@@ -13,6 +13,7 @@ import benchmarks.launches
 import benchmarks.models
 import benchmarks.offline
 import benchmarks.onnx_export
+import benchmarks.settings
 import benchmarks.synthesis
 import benchmarks.training  # noqa: F401  (they register their suites)
 from benchmarks.output import write_rows
@@ -23,9 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     parser.add_argument("--suite", required=True, choices=sorted(SUITES))
     parser.add_argument("--arch", default="sm_80,sm_89,sm_90", help="architectures (offline)")
-    parser.add_argument(
-        "--models", help="with commas (models, cpu, gpu, synthesis, accuracy, outliers, onnx)"
-    )
+    parser.add_argument("--models", help="with commas; what they are depends on the suite")
     parser.add_argument(
         "--images", type=int, default=2, help="calibration images (models, cpu, gpu)"
     )
