@@ -1,0 +1,288 @@
+"""Tuning: which blocks, warps and stages a model's kernels run fastest with on this GPU.
+
+No result changes by a bit (`kernels/candidates.py`), so what is found is simply used from then on,
+by every model with the same kernels. Not run on a GPU yet.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ouro_compiler.errors import DeviceError, UsageError
+from ouro_compiler.kernels.candidates import Choice, current_choice
+from ouro_compiler.kernels.launch import Launch
+from ouro_compiler.kernels.tuned import defaults_only, forget, machine_of
+from ouro_compiler.kernels.tuning_table import Key, Row, keep_rows, read_table, table_path
+from ouro_compiler.runtime.compiled_model import CompiledModel
+from ouro_compiler.runtime.cuda_runner import device_of
+from ouro_compiler.runtime.folding import fold_constants
+from ouro_compiler.runtime.schedule import Schedule
+from ouro_compiler.runtime.tuning_tasks import Task, find_tasks, observed, schedule_of, shape_of
+from ouro_compiler.runtime.tuning_trials import (
+    RefusedError,
+    Timer,
+    Trials,
+    cuda_timer,
+    host_timer,
+)
+
+FASTER = 0.98  # of the default's median that a choice's must not exceed
+_SAMPLES = 7  # of a candidate and, in turns, of the default
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TunedKernel:
+    """Kernels that run with one choice at one batch size, after tuning; row: of the first one.
+
+    tried: candidates of all runs so far, refused ones included; left: those not tried yet.
+    """
+
+    batch: int
+    label: str
+    row: Row
+    default: Choice
+    new: int
+    left: int
+
+    @property
+    def refused(self) -> dict[str, int]:
+        """How many candidates were refused, by reason."""
+        return dict(Counter(reason for _, reason in self.row.refused))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """What `tune` did. path: of the table on disk; seconds: that it took."""
+
+    machine: str
+    path: Path
+    kernels: tuple[TunedKernel, ...]
+    seconds: float
+
+    @property
+    def new(self) -> int:
+        """Candidates that were tried in this run."""
+        return sum(one.new for one in self.kernels)
+
+    @property
+    def left(self) -> int:
+        """Candidates that the budget did not reach: another run goes on with them."""
+        return sum(one.left for one in self.kernels)
+
+
+def tune(
+    compiled: CompiledModel,
+    batches: Sequence[int] = (1, 32),
+    budget: float = 60.0,
+    progress: Progress | None = None,
+    *,
+    images: Tensor | None = None,
+    samples: int = _SAMPLES,
+    timer: Timer | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Tuning:
+    """Find faster blocks for a model's kernels at some batch sizes, and keep them in the cache.
+
+    budget: seconds, shared by batch sizes and kernels; a candidate that was begun is finished, and
+    what is missing is what another run does. images: (N, C, H, W) whose repetitions are the batches
+    (noise): outliers decide what products cost. timer, clock: of kernels and of the budget.
+
+    The model's own replays are dropped: its next calls run as tuned. Raises DeviceError without a
+    GPU, UsageError if the model is elsewhere or an argument is of no use.
+    """
+    _check(batches, budget, samples)
+    device = device_of(compiled.graph_module)
+    machine = _machine(device)
+    timer = timer or (cuda_timer(device) if device.type == "cuda" else host_timer)
+    begin = clock()
+    with torch.inference_mode(False), torch.no_grad(), defaults_only(), _on(device):
+        graph = fold_constants(compiled.graph_module)
+        run = _Run(machine, timer, samples, clock, progress or (lambda *_: None))
+        for number, batch in enumerate(batches):
+            left = begin + budget - clock()
+            end = clock() + left / (len(batches) - number)
+            given = _images(compiled, batch, images).to(device)
+            run.tune_batch(schedule_of(graph, given), given, end)
+    forget()
+    compiled._runner = None
+    return Tuning(
+        machine=machine,
+        path=table_path(machine),
+        kernels=tuple(run.kernels),
+        seconds=clock() - begin,
+    )
+
+
+@dataclass
+class _State:
+    """A task while it is tuned: what its rows in the table say."""
+
+    task: Task
+    choice: Choice | None = None
+    ratio: float = 1.0
+    default_us: float = 0.0
+    tried: list[Choice] = field(default_factory=list)
+    refused: list[tuple[Choice, str]] = field(default_factory=list)
+    new: int = 0
+    trials: Trials | None = None
+
+    @property
+    def left(self) -> list[Choice]:
+        """What is still to be tried, in order."""
+        return self.task.candidates(self.choice, self.tried)
+
+    def attempt(self, choice: Choice) -> None:
+        """Try a candidate; it is the choice if it is the fastest so far, and fast enough."""
+        assert self.trials is not None
+        self.tried.append(choice)
+        self.new += 1
+        try:
+            ratio = self.trials.ratio(choice)
+        except RefusedError as error:
+            self.refused.append((choice, str(error)))
+            return
+        if ratio <= FASTER and ratio < self.ratio:
+            self.choice, self.ratio = choice, ratio
+
+    def rows(self) -> list[Row]:
+        """A row of the table for each of the task's kernels."""
+        return [
+            Row(
+                template=member.spec.template,
+                digest=digest,
+                bucket=bucket,
+                kernel=member.spec.label.replace(" reverse", ""),
+                shape=shape_of(member),
+                choice=self.choice,
+                ratio=self.ratio,
+                default_us=self.default_us,
+                tried=tuple(self.tried),
+                refused=tuple(self.refused),
+            )
+            for (digest, bucket), member in self.task.members.items()
+        ]
+
+
+def _state(task: Task, rows: Mapping[Key, Row]) -> _State:
+    """Where an earlier run stopped, if it tuned all kernels of the task as one."""
+    found = [rows.get(key) for key in task.members]
+    first = found[0]
+    if first is None or any(
+        one is None or (one.choice, one.tried) != (first.choice, first.tried) for one in found
+    ):
+        return _State(task)
+    return _State(
+        task,
+        choice=first.choice,
+        ratio=first.ratio,
+        default_us=first.default_us,
+        tried=list(first.tried),
+        refused=list(first.refused),
+    )
+
+
+def _result(state: _State, batch: int) -> TunedKernel:
+    first = next(iter(state.task.members.values()))
+    return TunedKernel(
+        batch=batch,
+        label=state.task.label,
+        row=state.rows()[0],
+        default=current_choice(first.spec),
+        new=state.new,
+        left=len(state.left),
+    )
+
+
+def _check(batches: Sequence[int], budget: float, samples: int) -> None:
+    if not batches or any(one < 1 for one in batches):
+        raise UsageError(f"batch sizes to tune for are 1 or more, got {list(batches)}")
+    if not 0 < budget < float("inf"):
+        raise UsageError(f"the budget of tuning is a number of seconds, got {budget}")
+    if samples < 1:
+        raise UsageError(f"tuning takes at least one sample of each kernel, got {samples}")
+
+
+def _machine(device: torch.device) -> str:
+    found = machine_of(device)
+    if found is not None:
+        return found
+    if torch.cuda.is_available():
+        raise UsageError(f"the model is on {device}: move it to the GPU that it is tuned for")
+    raise DeviceError(
+        "kernels are tuned on the GPU that they will run on, and this machine has no CUDA device"
+    )
+
+
+def _images(compiled: CompiledModel, batch: int, images: Tensor | None) -> Tensor:
+    """A batch of the images given, repeated, or of noise."""
+    if images is None:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn([batch, *compiled.manifest["input"]["shape"][1:]], generator=generator)
+    compiled._check(images)
+    return images[torch.arange(batch, device=images.device) % len(images)]
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+class _Run:
+    """One call of `tune`."""
+
+    def __init__(
+        self,
+        machine: str,
+        timer: Timer,
+        samples: int,
+        clock: Callable[[], float],
+        progress: Progress,
+    ) -> None:
+        self._machine, self._timer, self._samples = machine, timer, samples
+        self._clock, self._progress = clock, progress
+        self.kernels: list[TunedKernel] = []
+
+    def tune_batch(self, schedule: Schedule, images: Tensor, end: float) -> None:
+        """Tune the tasks of a schedule until `end`, by the clock; round by round, each its share.
+
+        What a task does not need of its share is there for the others.
+        """
+        rows = read_table(self._machine)
+        states = [_state(task, rows) for task in find_tasks(schedule)]
+        waiting = [one for one in states if one.left]
+        total, stage = len(waiting), f"tuning, batch {images.shape[0]}"
+        launches = observed(schedule, images, [one.task for one in waiting]) if waiting else {}
+        while waiting and self._clock() < end:
+            for number, state in enumerate(waiting):
+                self._progress(f"{stage}: {state.task.label}", total - len(waiting), total)
+                now = self._clock()
+                self._tune(state, launches, now + (end - now) / (len(waiting) - number), end)
+            waiting = [one for one in waiting if one.left]
+        self._progress(stage, total - len(waiting), total)
+        found = [_result(one, images.shape[0]) for one in states if one.tried]
+        self.kernels += found
+
+    def _tune(
+        self, state: _State, launches: Mapping[int, Launch], until: float, end: float
+    ) -> None:
+        """Try one candidate at least, and more until the task's share is spent."""
+        if state.trials is None:
+            mine = [launches[number] for number in state.task.steps]
+            state.trials = Trials(mine, self._timer, self._samples)
+        while state.left and self._clock() < end:
+            state.attempt(state.left[0])
+            if self._clock() >= until:
+                break
+        state.default_us = 1e6 * state.trials.measure_default()
+        if not state.left:
+            state.trials = None  # and the memory that it holds
+        keep_rows(self._machine, state.rows())
