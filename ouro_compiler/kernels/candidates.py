@@ -104,13 +104,13 @@ def candidates(spec: KernelSpec, best: Choice, rows: int) -> list[Choice]:
     if len(first) < len(free):
         second = {name: free[name] for name in free if name not in first}
         found += _nearest(dict(best), second, default)
-    return [
+    most = max(16, next_power_of_2(rows))
+    useful = (
         as_choice(values)
         for values in found
-        if _fits(spec, values)
-        and values != default
-        and values.get("BLOCK_M", 16) <= max(16, next_power_of_2(rows))
-    ]
+        if _fits(spec, values) and values != default and values.get("BLOCK_M", 16) <= most
+    )
+    return list(dict.fromkeys(useful))
 
 
 def _later(spec: KernelSpec) -> set[str]:
@@ -154,10 +154,11 @@ def _product_fits(spec: KernelSpec, values: Mapping[str, int]) -> bool:
         return False
     if "num_warps" not in values:
         return True
-    tile = (values["BLOCK_M"], values["BLOCK_N"], values["num_warps"])
     if all(values[name] == value_of(spec, name) for name in ("BLOCK_M", "BLOCK_N", "num_warps")):
         return True
-    return 512 <= tile[0] * tile[1] // tile[2] <= 2048  # a lane holds 16 to 64 sums, twice
+    size = values["BLOCK_M"] * values["BLOCK_N"]
+    # 16 to 32 sums a lane, twice: more spill, fewer are worth it where tiles are few.
+    return (256 if size <= 1024 else 512) <= size // values["num_warps"] <= 1024
 
 
 def _tile_fits(rows: str, columns: str, width: str) -> Callable[..., bool]:

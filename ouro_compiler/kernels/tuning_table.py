@@ -80,7 +80,7 @@ def read_table(machine: str) -> dict[Key, Row]:
         return _refuse(path, str(error))
     try:
         rows = parse_table(text, machine)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return _refuse(path, str(error))
     return {row.key: row for row in rows}
 
@@ -137,10 +137,9 @@ def _row_data(row: Row) -> dict[str, Any]:
 def _parse_row(data: Any) -> Row:
     names = ("template", "digest", "bucket", "kernel", "shape", "choice", "ratio", "default_us")
     found = _record(data, "a row", (*names, "tried", "refused"))
-    templates = {one.value: one for one in TUNED}
-    if found["template"] not in templates:
+    template = next((one for one in TUNED if one.value == found["template"]), None)
+    if template is None:
         raise ValueError(f"template {found['template']!r} is not tuned")
-    template = templates[found["template"]]
     if not re.fullmatch(r"[0-9a-f]{64}", _typed(found, "digest", str)):
         raise ValueError(f"digest {found['digest']!r} is none")
     bucket = _typed(found, "bucket", int)

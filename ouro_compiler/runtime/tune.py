@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +19,17 @@ from torch import Tensor
 
 from ouro_compiler.errors import DeviceError, UsageError
 from ouro_compiler.kernels.candidates import Choice, current_choice
-from ouro_compiler.kernels.launch import Launch
+from ouro_compiler.kernels.launch import interpreting
 from ouro_compiler.kernels.tuned import defaults_only, forget, machine_of
-from ouro_compiler.kernels.tuning_table import Key, Row, keep_rows, read_table, table_path
+from ouro_compiler.kernels.tuning_table import Row, keep_rows, read_table, table_path
 from ouro_compiler.runtime.compiled_model import CompiledModel
 from ouro_compiler.runtime.cuda_runner import device_of
 from ouro_compiler.runtime.folding import fold_constants
 from ouro_compiler.runtime.schedule import Schedule
-from ouro_compiler.runtime.tuning_tasks import Task, find_tasks, observed, schedule_of, shape_of
-from ouro_compiler.runtime.tuning_trials import (
-    RefusedError,
-    Timer,
-    Trials,
-    cuda_timer,
-    host_timer,
-)
+from ouro_compiler.runtime.tuning_search import Search, resume
+from ouro_compiler.runtime.tuning_tasks import find_tasks, observed, schedule_of
+from ouro_compiler.runtime.tuning_trials import Timer, Trials, cuda_timer, host_timer
 
-FASTER = 0.98  # of the default's median that a choice's must not exceed
 _SAMPLES = 7  # of a candidate and, in turns, of the default
 Progress = Callable[[str, int, int], None]
 
@@ -107,7 +101,7 @@ def tune(
     begin = clock()
     with torch.inference_mode(False), torch.no_grad(), defaults_only(), _on(device):
         graph = fold_constants(compiled.graph_module)
-        run = _Run(machine, timer, samples, clock, progress or (lambda *_: None))
+        run = _Run(machine, timer, samples, clock, progress)
         for number, batch in enumerate(batches):
             left = begin + budget - clock()
             end = clock() + left / (len(batches) - number)
@@ -123,75 +117,7 @@ def tune(
     )
 
 
-@dataclass
-class _State:
-    """A task while it is tuned: what its rows in the table say."""
-
-    task: Task
-    choice: Choice | None = None
-    ratio: float = 1.0
-    default_us: float = 0.0
-    tried: list[Choice] = field(default_factory=list)
-    refused: list[tuple[Choice, str]] = field(default_factory=list)
-    new: int = 0
-    trials: Trials | None = None
-
-    @property
-    def left(self) -> list[Choice]:
-        """What is still to be tried, in order."""
-        return self.task.candidates(self.choice, self.tried)
-
-    def attempt(self, choice: Choice) -> None:
-        """Try a candidate; it is the choice if it is the fastest so far, and fast enough."""
-        assert self.trials is not None
-        self.tried.append(choice)
-        self.new += 1
-        try:
-            ratio = self.trials.ratio(choice)
-        except RefusedError as error:
-            self.refused.append((choice, str(error)))
-            return
-        if ratio <= FASTER and ratio < self.ratio:
-            self.choice, self.ratio = choice, ratio
-
-    def rows(self) -> list[Row]:
-        """A row of the table for each of the task's kernels."""
-        return [
-            Row(
-                template=member.spec.template,
-                digest=digest,
-                bucket=bucket,
-                kernel=member.spec.label.replace(" reverse", ""),
-                shape=shape_of(member),
-                choice=self.choice,
-                ratio=self.ratio,
-                default_us=self.default_us,
-                tried=tuple(self.tried),
-                refused=tuple(self.refused),
-            )
-            for (digest, bucket), member in self.task.members.items()
-        ]
-
-
-def _state(task: Task, rows: Mapping[Key, Row]) -> _State:
-    """Where an earlier run stopped, if it tuned all kernels of the task as one."""
-    found = [rows.get(key) for key in task.members]
-    first = found[0]
-    if first is None or any(
-        one is None or (one.choice, one.tried) != (first.choice, first.tried) for one in found
-    ):
-        return _State(task)
-    return _State(
-        task,
-        choice=first.choice,
-        ratio=first.ratio,
-        default_us=first.default_us,
-        tried=list(first.tried),
-        refused=list(first.refused),
-    )
-
-
-def _result(state: _State, batch: int) -> TunedKernel:
+def _result(state: Search, batch: int) -> TunedKernel:
     first = next(iter(state.task.members.values()))
     return TunedKernel(
         batch=batch,
@@ -201,6 +127,18 @@ def _result(state: _State, batch: int) -> TunedKernel:
         new=state.new,
         left=len(state.left),
     )
+
+
+def tuning_device() -> torch.device:
+    """Where kernels are tuned: the GPU; the CPU where Triton interprets. Raises DeviceError."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if not interpreting():
+        raise DeviceError(
+            "kernels are tuned on the GPU that they will run on, and this machine has no CUDA "
+            "device: run it where there is one"
+        )
+    return torch.device("cpu")
 
 
 def _check(batches: Sequence[int], budget: float, samples: int) -> None:
@@ -214,13 +152,10 @@ def _check(batches: Sequence[int], budget: float, samples: int) -> None:
 
 def _machine(device: torch.device) -> str:
     found = machine_of(device)
-    if found is not None:
-        return found
-    if torch.cuda.is_available():
-        raise UsageError(f"the model is on {device}: move it to the GPU that it is tuned for")
-    raise DeviceError(
-        "kernels are tuned on the GPU that they will run on, and this machine has no CUDA device"
-    )
+    if found is None:
+        wanted = tuning_device()
+        raise UsageError(f"the model is on {device}: kernels are tuned on {wanted}, move it there")
+    return found
 
 
 def _images(compiled: CompiledModel, batch: int, images: Tensor | None) -> Tensor:
@@ -245,7 +180,7 @@ class _Run:
         timer: Timer,
         samples: int,
         clock: Callable[[], float],
-        progress: Progress,
+        progress: Progress | None,
     ) -> None:
         self._machine, self._timer, self._samples = machine, timer, samples
         self._clock, self._progress = clock, progress
@@ -257,32 +192,28 @@ class _Run:
         What a task does not need of its share is there for the others.
         """
         rows = read_table(self._machine)
-        states = [_state(task, rows) for task in find_tasks(schedule)]
-        waiting = [one for one in states if one.left]
-        total, stage = len(waiting), f"tuning, batch {images.shape[0]}"
+        searches = [resume(task, rows) for task in find_tasks(schedule)]
+        waiting = [one for one in searches if one.left]
+        total = sum(len(one.left) for one in waiting)
         launches = observed(schedule, images, [one.task for one in waiting]) if waiting else {}
-        while waiting and self._clock() < end:
-            for number, state in enumerate(waiting):
-                self._progress(f"{stage}: {state.task.label}", total - len(waiting), total)
-                now = self._clock()
-                self._tune(state, launches, now + (end - now) / (len(waiting) - number), end)
-            waiting = [one for one in waiting if one.left]
-        self._progress(stage, total - len(waiting), total)
-        found = [_result(one, images.shape[0]) for one in states if one.tried]
-        self.kernels += found
 
-    def _tune(
-        self, state: _State, launches: Mapping[int, Launch], until: float, end: float
-    ) -> None:
-        """Try one candidate at least, and more until the task's share is spent."""
-        if state.trials is None:
-            mine = [launches[number] for number in state.task.steps]
-            state.trials = Trials(mine, self._timer, self._samples)
-        while state.left and self._clock() < end:
-            state.attempt(state.left[0])
-            if self._clock() >= until:
-                break
-        state.default_us = 1e6 * state.trials.measure_default()
-        if not state.left:
-            state.trials = None  # and the memory that it holds
-        keep_rows(self._machine, state.rows())
+        def show(done: int) -> None:
+            if self._progress is not None and total:
+                self._progress(f"tuning, batch {images.shape[0]}", min(done, total), total)
+
+        while waiting and self._clock() < end:
+            for number, search in enumerate(waiting):
+                if search.trials is None:
+                    mine = [launches[step] for step in search.task.steps]
+                    search.trials = Trials(mine, self._timer, self._samples)
+                now = self._clock()
+                until = now + (end - now) / (len(waiting) - number)
+                while search.left and self._clock() < end:
+                    search.attempt(search.left[0])
+                    show(sum(one.new for one in searches))
+                    if self._clock() >= until:
+                        break
+                search.rest()
+                keep_rows(self._machine, search.rows())
+            waiting = [one for one in waiting if one.left]
+        self.kernels += [_result(one, images.shape[0]) for one in searches if one.tried]
