@@ -1,9 +1,9 @@
 """Which blocks, warps and stages a kernel may run with: only what cannot change a bit of a result.
 
 - Products with integer outliers sum int32 codes, exactly: every block is free, and the epilogue is
-  elementwise. With 16-bit outliers the listed columns of x are summed in floating point, 32 columns
-  a step, the columns a tile's rows list at all: BLOCK_M and BLOCK_O decide what is summed together,
-  and warps which matrix instruction sums. BLOCK_N, BLOCK_K (codes only) and stages stay free.
+  elementwise. With 16-bit outliers the listed columns of x are summed in floating point, BLOCK_O of
+  those that a tile's rows list at a time: BLOCK_M and BLOCK_O decide what is summed together, and
+  BLOCK_N and warps which matrix instruction sums it. BLOCK_K, of codes only, and stages stay free.
 - Quantizers: the largest element of a row is exact, so warps are free. Where a norm is summed
   (add_norm_quantize) they are not.
 - dequantize_dynamic_outlier and causal_conv1d are elementwise, or sum taps one after the other:
@@ -33,7 +33,7 @@ _PRODUCT = {
     "num_stages": (2, 3, 4),
     "num_warps": (2, 4, 8),
 }
-_FREE_IN_FLOATS = ("BLOCK_N", "BLOCK_K", "num_stages")
+_FREE_IN_FLOATS = ("BLOCK_K", "num_stages")
 _QUANTIZER = {"num_warps": (*_WARPS, 16)}
 _VALUES: Mapping[Template, Mapping[str, tuple[int, ...]]] = {
     Template.LINEAR: _PRODUCT,

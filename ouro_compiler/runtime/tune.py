@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ouro_compiler.errors import DeviceError, UsageError
 from ouro_compiler.kernels.candidates import Choice, current_choice
-from ouro_compiler.kernels.launch import interpreting
+from ouro_compiler.kernels.launch import Launch, interpreting
 from ouro_compiler.kernels.tuned import defaults_only, forget, machine_of
 from ouro_compiler.kernels.tuning_table import Row, keep_rows, read_table, table_path
 from ouro_compiler.runtime.compiled_model import CompiledModel
@@ -95,6 +95,8 @@ def tune(
     GPU, UsageError if the model is elsewhere or an argument is of no use.
     """
     _check(batches, budget, samples)
+    if images is not None:
+        compiled._check(images)
     device = device_of(compiled.graph_module)
     machine = _machine(device)
     timer = timer or (cuda_timer(device) if device.type == "cuda" else host_timer)
@@ -163,7 +165,6 @@ def _images(compiled: CompiledModel, batch: int, images: Tensor | None) -> Tenso
     if images is None:
         generator = torch.Generator().manual_seed(0)
         return torch.randn([batch, *compiled.manifest["input"]["shape"][1:]], generator=generator)
-    compiled._check(images)
     return images[torch.arange(batch, device=images.device) % len(images)]
 
 
@@ -195,7 +196,9 @@ class _Run:
         searches = [resume(task, rows) for task in find_tasks(schedule)]
         waiting = [one for one in searches if one.left]
         total = sum(len(one.left) for one in waiting)
-        launches = observed(schedule, images, [one.task for one in waiting]) if waiting else {}
+        launches: dict[int, Launch] = {}
+        if waiting and self._clock() < end:
+            launches = observed(schedule, images, [one.task for one in waiting])
 
         def show(done: int) -> None:
             if self._progress is not None and total:

@@ -239,7 +239,7 @@ def test_without_a_gpu_nothing_is_looked_up(place: Path) -> None:
 
 def test_what_is_free() -> None:
     assert {"BLOCK_M", "num_warps"} <= free_values(product().spec).keys()
-    assert free_values(product(16).spec).keys() == {"BLOCK_N", "BLOCK_K", "num_stages"}
+    assert free_values(product(16).spec).keys() == {"BLOCK_K", "num_stages"}
     launches = [*recorded(lambda: quantizer_cases(384)), *recorded(lambda: scan_case(64, 16))]
     launches += recorded(lambda: conv_case(384))
     free = {one.spec.template: set(free_values(one.spec)) for one in launches}
@@ -262,7 +262,7 @@ def test_what_is_free() -> None:
 def test_candidates_of_products(inputs: int, outputs: int, outlier_bits: int) -> None:
     one = recorded(lambda: linear_case(inputs, outputs, packed=True, outlier_bits=outlier_bits))[0]
     default = current_choice(one.spec)
-    for best in (default, as_choice({**dict(default), "BLOCK_N": 32})):
+    for best in (default, as_choice({**dict(default), "BLOCK_K": 32})):
         found = candidates(one.spec, best, 6304)
         assert default not in found
         assert len(set(found)) == len(found) <= 50
