@@ -11,6 +11,7 @@ from tests.kernels.cases_model import *  # noqa: F403
 from tests.kernels.cases_quantize import *  # noqa: F403
 from tests.kernels.cases_quantized_scan import *  # noqa: F403
 from tests.kernels.cases_scan import *  # noqa: F403
+from tests.kernels.cases_tuning import *  # noqa: F403
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned")]
 
