@@ -157,6 +157,8 @@ def _product_fits(spec: KernelSpec, values: Mapping[str, int]) -> bool:
     if all(values[name] == value_of(spec, name) for name in ("BLOCK_M", "BLOCK_N", "num_warps")):
         return True
     size = values["BLOCK_M"] * values["BLOCK_N"]
+    if values["BLOCK_M"] > 16 * values["num_warps"]:  # rows of one instruction; with more, spills
+        return False
     # 16 to 32 sums a lane, twice: more spill, fewer are worth it where tiles are few.
     return (256 if size <= 1024 else 512) <= size // values["num_warps"] <= 1024
 
