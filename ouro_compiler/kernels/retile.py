@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any
+import functools
+from dataclasses import dataclass
 
 import torch
 
@@ -14,33 +14,45 @@ from ouro_compiler.kernels.launch import Launch
 from ouro_compiler.kernels.linear import product_tiles
 from ouro_compiler.kernels.quantize import dequantize_grid
 from ouro_compiler.kernels.scan import conv_grid
-from ouro_compiler.kernels.spec import Template
+from ouro_compiler.kernels.spec import KernelSpec, Template
 
-Grid = tuple[int, int, int]
 _LISTS = 4  # the argument of a product that is scratch: room for a list of columns a tile
 
 
 def retile(launch: Launch, choice: Choice) -> Launch:
     """A single launch with the constants and options of a choice; it writes the same outputs."""
-    values = dict(choice)
-    constants = {**dict(launch.spec.constants), **_without_options(values)}
-    grid, args = launch.grid, launch.args
-    if launch.spec.template is Template.LINEAR:
-        batch, columns = args[0].shape[0], constants["COLUMNS"]
+    form, args = _form(launch.spec, choice, int(launch.args[0].shape[0])), launch.args
+    if form.lists is not None and form.lists != args[_LISTS].shape[0]:
+        lists = args[_LISTS].new_empty((form.lists, *args[_LISTS].shape[1:]))
+        args = (*args[:_LISTS], lists, *args[_LISTS + 1 :])
+    return Launch(spec=form.spec, grid=form.grid or launch.grid, args=args)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Form:
+    """A kernel with a choice; grid: None where it stays; lists: tiles that need a list, if any."""
+
+    spec: KernelSpec
+    grid: tuple[int, int, int] | None = None
+    lists: int | None = None
+
+
+@functools.lru_cache(maxsize=4096)
+def _form(spec: KernelSpec, choice: Choice, batch: int) -> _Form:
+    """What a choice makes of a kernel at a batch size."""
+    options = {name: value for name, value in choice if name in OPTIONS}
+    constants = {**dict(spec.constants), **dict(one for one in choice if one[0] not in options)}
+    grid, lists = None, None
+    if spec.template is Template.LINEAR:
         tiles = product_tiles(constants, batch)
         constants.update({name: int(value) for name, value in tiles.constants.items()})
-        if tiles.rows != args[_LISTS].shape[0]:
-            lists = args[_LISTS].new_empty((tiles.rows, columns))
-            args = (*args[:_LISTS], lists, *args[_LISTS + 1 :])
-        grid = tiles.grid
-    elif launch.spec.template in _GRIDS:
-        grid = _GRIDS[launch.spec.template](args, constants)
-    spec = dataclasses.replace(
-        launch.spec,
-        constants=tuple(sorted(constants.items())),
-        **{name: values[name] for name in OPTIONS if name in values},  # type: ignore[arg-type]
-    )
-    return Launch(spec=spec, grid=grid, args=args)
+        grid, lists = tiles.grid, tiles.rows
+    elif spec.template is Template.DEQUANTIZE:
+        grid = dequantize_grid(batch * constants["LENGTH"], constants)
+    elif spec.template is Template.CONV:
+        grid = conv_grid(batch, constants)
+    new = dataclasses.replace(spec, constants=tuple(sorted(constants.items())), **options)  # type: ignore[arg-type]
+    return _Form(spec=new, grid=grid, lists=lists)
 
 
 def outputs(launch: Launch) -> list[torch.Tensor]:
@@ -51,21 +63,3 @@ def outputs(launch: Launch) -> list[torch.Tensor]:
         for number, (one, is_written) in enumerate(zip(launch.args, written(launch), strict=True))
         if is_written and isinstance(one, torch.Tensor) and number not in scratch
     ]
-
-
-def _without_options(values: Mapping[str, int]) -> dict[str, int]:
-    return {name: value for name, value in values.items() if name not in OPTIONS}
-
-
-def _dequantize(args: tuple[Any, ...], constants: Mapping[str, int]) -> Grid:
-    return dequantize_grid(args[0].shape[0] * constants["LENGTH"], constants)
-
-
-def _conv(args: tuple[Any, ...], constants: Mapping[str, int]) -> Grid:
-    return conv_grid(args[0].shape[0], constants)
-
-
-_GRIDS: Mapping[Template, Callable[[tuple[Any, ...], Mapping[str, int]], Grid]] = {
-    Template.DEQUANTIZE: _dequantize,
-    Template.CONV: _conv,
-}

@@ -18,13 +18,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ouro_compiler.kernels.candidates import TUNED, Choice, is_candidate
 from ouro_compiler.kernels.launch import Launch, interpreting, next_power_of_2
 from ouro_compiler.kernels.retile import retile
 from ouro_compiler.kernels.spec import KernelSpec
 from ouro_compiler.kernels.tuning_table import Key, Row, TuningWarning, read_table
+
+Dtypes = tuple[torch.dtype | None, ...]
 
 _DEFAULTS: contextvars.ContextVar[bool] = contextvars.ContextVar("ouro_defaults", default=False)
 
@@ -80,11 +81,12 @@ class Choices:
         """The choice for a single launch by default; None without one."""
         dtypes, bucket = _dtypes(args), _bucket(spec, args)
         key = (spec, dtypes, bucket)
-        if key not in self._found:
-            self._found[key] = self._choice(spec, dtypes, bucket)
-        return self._found[key]
+        try:
+            return self._found[key]
+        except KeyError:
+            return self._found.setdefault(key, self._choice(spec, dtypes, bucket))
 
-    def _choice(self, spec: KernelSpec, dtypes: tuple[str, ...], bucket: int) -> Choice | None:
+    def _choice(self, spec: KernelSpec, dtypes: Dtypes, bucket: int) -> Choice | None:
         row = self.rows.get((_digest(spec, dtypes), bucket))
         if row is None or row.choice is None:
             return None
@@ -105,8 +107,8 @@ def _choices_on(device: torch.device) -> Choices:
     return Choices({} if machine is None else read_table(machine))
 
 
-def _dtypes(args: tuple[Any, ...]) -> tuple[str, ...]:
-    return tuple(str(arg.dtype) if isinstance(arg, Tensor) else "" for arg in args)
+def _dtypes(args: tuple[Any, ...]) -> Dtypes:
+    return tuple([getattr(arg, "dtype", None) for arg in args])
 
 
 def _bucket(spec: KernelSpec, args: tuple[Any, ...]) -> int:
@@ -114,7 +116,7 @@ def _bucket(spec: KernelSpec, args: tuple[Any, ...]) -> int:
     return next_power_of_2(max(1, int(args[0].shape[0]) * spec["LENGTH"]))
 
 
-def _digest(spec: KernelSpec, dtypes: tuple[str, ...]) -> str:
+def _digest(spec: KernelSpec, dtypes: Dtypes) -> str:
     forward = {**dict(spec.constants), "REVERSE": 0}
     plain = dataclasses.replace(spec, constants=tuple(sorted(forward.items())))
-    return hashlib.sha256(json.dumps([plain.digest, dtypes]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([plain.digest, *map(str, dtypes)]).encode()).hexdigest()
