@@ -80,6 +80,14 @@ def test_arguments_of_no_use(options: dict[str, Any], words: str) -> None:
         ouro.tune(compiled_vim(), **options)
 
 
+def test_given_images_are_repeated() -> None:
+    given = images(2)
+    assert torch.equal(module._images(compiled_vim(), 3, given), given[[0, 1, 0]])
+    noise = module._images(compiled_vim(), 3, None)
+    assert noise.shape == (3, 1, 28, 28)
+    assert torch.equal(noise, module._images(compiled_vim(), 3, None))
+
+
 def test_choices_are_shown_short() -> None:
     choice = candidates.as_choice({"num_warps": 4, "BLOCK_M": 64, "num_stages": 2})
     assert short_choice(choice) == "M 64, stages 2, warps 4"

@@ -146,8 +146,8 @@ def _parse_row(data: Any) -> Row:
     if bucket < 1 or bucket & (bucket - 1):
         raise ValueError(f"bucket {bucket} is no power of two")
     for name in ("ratio", "default_us"):
-        if not 0 < _typed(found, name, float) < float("inf"):
-            raise ValueError(f"{name} {found[name]} is no positive number")
+        if not 0 <= _typed(found, name, float) < float("inf"):
+            raise ValueError(f"{name} {found[name]} is no number of 0 or more")
     refused = []
     for one in _list(found["refused"], "refused"):
         entry = _record(one, "a refused candidate", ("choice", "reason"))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx
 
-from ouro_compiler.kernels.candidates import Choice, candidates, current_choice
+from ouro_compiler.kernels.candidates import Choice, candidates, current_choice, free_values
 from ouro_compiler.kernels.grouping import MOST_MEMBERS, join, joinable, split
 from ouro_compiler.kernels.launch import Launch
 from ouro_compiler.kernels.retile import retile
@@ -66,7 +66,7 @@ def find_tasks(schedule: Schedule) -> list[Task]:
     keys = {
         number: [key_of(one.spec, one.args) for one in members]
         for number, members in steps.items()
-        if candidates(members[0].spec, current_choice(members[0].spec), 1)
+        if free_values(members[0].spec)
     }
     found = []
     for together in _clusters(keys.values()):

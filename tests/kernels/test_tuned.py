@@ -141,7 +141,10 @@ POISON: dict[str, tuple[Callable[[Any], Any], str]] = {
     "no digest": (_set("rows", 0, "digest", value="../x"), "digest '../x' is none"),
     "no bucket": (_set("rows", 0, "bucket", value=100), "bucket 100 is no power of two"),
     "a bucket that is true": (_set("rows", 0, "bucket", value=True), "bucket is True"),
-    "a ratio that is no number": (_set("rows", 0, "ratio", value=math.nan), "no positive number"),
+    "a ratio that is no number": (
+        _set("rows", 0, "ratio", value=math.nan),
+        "no number of 0 or more",
+    ),
     "a ratio in words": (_set("rows", 0, "ratio", value="0.9"), "ratio is '0.9'"),
     "a block never tried": (_set("rows", 0, "choice", "BLOCK_M", value=48), "BLOCK_M = 48 is no"),
     "a huge block": (_set("rows", 0, "choice", "BLOCK_N", value=1 << 70), "BLOCK_N = "),
