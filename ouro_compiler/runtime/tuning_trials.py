@@ -118,7 +118,7 @@ class Trials:
         from triton.runtime.errors import OutOfResources
 
         for one in launches:
-            _compile(one)
+            compile_candidate(one)
         for out, expected in zip(self._outputs, self._expected, strict=True):
             _bits(out).copy_(~expected)  # what a candidate does not write is wrong
         for one in launches:
@@ -133,7 +133,8 @@ class Trials:
                 raise RefusedError(OTHER_BITS)
 
 
-def _compile(launch: Launch) -> None:
+def compile_candidate(launch: Launch) -> None:
+    """Compile a launch, as launching it would, without that. Raises RefusedError."""
     kernel: Any = load_kernel(launch.spec)
     try:
         kernel.warmup(*launch.args, grid=launch.grid, **launch_options(launch.spec))

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 import ouro_compiler as ouro
 from ouro_compiler.cli.tune import TuneRequest, run
@@ -23,7 +26,7 @@ from ouro_compiler.kernels.candidates import (
     is_candidate,
     value_of,
 )
-from ouro_compiler.kernels.launch import Launch, record_launches
+from ouro_compiler.kernels.launch import Launch, record_launches, start
 from ouro_compiler.kernels.linear import linear_dynamic_outlier
 from ouro_compiler.kernels.quantize import (
     causal_conv1d_quantize,
@@ -37,13 +40,21 @@ from ouro_compiler.kernels.tuned import forget, key_of, machine_of
 from ouro_compiler.kernels.tuning_table import keep_rows, read_table
 from ouro_compiler.models.vim import vim_micro
 from ouro_compiler.ops.quantize import quantize_dynamic_outlier_ref
+from ouro_compiler.runtime import tuning_trials
 from ouro_compiler.runtime.compiled_model import CompiledModel
 from ouro_compiler.runtime.folding import fold_constants
 from ouro_compiler.runtime.schedule import Schedule
 from ouro_compiler.runtime.tune import tune
 from ouro_compiler.runtime.tuning_search import Search
 from ouro_compiler.runtime.tuning_tasks import Task, find_tasks, schedule_of
-from ouro_compiler.runtime.tuning_trials import OTHER_BITS, Trials, host_timer
+from ouro_compiler.runtime.tuning_trials import (
+    NO_ROOM,
+    OTHER_BITS,
+    SPILLS,
+    RefusedError,
+    Trials,
+    host_timer,
+)
 from tests.helpers import generator, randn
 from tests.kernels.inputs import activation, on
 
@@ -180,10 +191,45 @@ def test_results_are_the_defaults_after_a_refusal(device: str) -> None:
     trials = Trials([launch], instant, 1)
     y = next(arg for arg in launch.args if isinstance(arg, Tensor) and arg.shape == (2, 33, 40))
     expected = y.clone()
-    with pytest.raises(Exception, match=OTHER_BITS):
+    with pytest.raises(RefusedError, match=OTHER_BITS):
         trials.ratio(as_choice({"BLOCK_M": 16}))
     assert torch.equal(y, expected)
     assert expected.isfinite().all()
+
+
+def test_what_a_candidate_does_not_write_is_other_bits(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The default's results are in memory before: a candidate must not live on them."""
+    launch = launches(device)["quantize"]()
+    trials = Trials([launch], instant, 1)
+    fewer = dataclasses.replace(launch, grid=(launch.grid[0], launch.grid[1] - 1, 1))
+    monkeypatch.setattr(tuning_trials, "retiled", lambda launches, choice: [fewer])
+    with pytest.raises(RefusedError, match=OTHER_BITS):
+        trials.ratio(current_choice(launch.spec))
+
+
+def test_what_a_gpu_says_of_a_kernel_refuses_it(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interpreted kernels have neither registers nor shared memory: its answers stand in here."""
+    launch = launches(device)["quantize"]()
+    (choice, *_) = candidates(launch.spec, current_choice(launch.spec), 10)
+    trials = Trials([launch], instant, 1)
+
+    def spills(one: Launch) -> Any:
+        start(one)
+        return SimpleNamespace(n_spills=2)
+
+    def no_room(one: Launch) -> Any:
+        raise OutOfResources(300_000, 232_448, "shared memory")
+
+    for answer, reason in ((spills, SPILLS), (no_room, NO_ROOM)):
+        with monkeypatch.context() as patch:
+            patch.setattr(tuning_trials, "start", answer)
+            with pytest.raises(RefusedError, match=reason):
+                trials.ratio(choice)
+    assert trials.ratio(choice) == 1.0
 
 
 class Clock:

@@ -26,11 +26,12 @@ from benchmarks.offline import (
     scan_dynamic_outlier_case,
 )
 from ouro_compiler.errors import UsageError
-from ouro_compiler.kernels.candidates import candidates, current_choice
+from ouro_compiler.kernels.candidates import as_choice, candidates, current_choice
 from ouro_compiler.kernels.grouping import join
-from ouro_compiler.kernels.launch import Launch
+from ouro_compiler.kernels.launch import Launch, record_launches
 from ouro_compiler.kernels.offline import (
     Resources,
+    _driver_for,
     compile_ahead,
     innermost_loops,
     parse_architectures,
@@ -38,6 +39,7 @@ from ouro_compiler.kernels.offline import (
 )
 from ouro_compiler.kernels.retile import retile
 from ouro_compiler.kernels.spec import Template
+from ouro_compiler.runtime.tuning_trials import NO_COMPILE, RefusedError, compile_candidate
 
 ARCHITECTURES = (80, 89, 90)
 HALF, FULL = torch.float16, torch.float32
@@ -124,6 +126,17 @@ def test_the_largest_candidates_of_products(arch: int) -> None:
     }
     largest = sorted(forms.values(), key=lambda one: -_bytes_in_flight(one))[:2]
     assert all(fits(one, arch) for one in largest)
+
+
+def test_a_candidate_that_does_not_compile_is_refused() -> None:
+    """What the compiler raises is its reason; blocks are powers of two."""
+    with record_launches() as recording:
+        linear_case(384, 44, packed=True, outlier_bits=8)
+    (launch,) = recording.launches
+    with _driver_for(90):
+        compile_candidate(launch)
+        with pytest.raises(RefusedError, match=NO_COMPILE):
+            compile_candidate(retile(launch, as_choice({"BLOCK_K": 48})))
 
 
 def _bytes_in_flight(launch: Launch) -> int:
