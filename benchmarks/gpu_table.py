@@ -61,18 +61,20 @@ def _machine(row: Row) -> str:
 def _tuning(row: Row) -> str:
     if row["reason"] is not None:
         return f"Not tuned: {row['reason']}"
-    lines = [
-        cells(
-            [
-                *(one["kernel"], f"{one['batch']}, {one['shape']}", f"{one['default_us']:.1f}"),
-                f"{one['ratio']:.2f}",
-                "the default" if one["best"] is None else short_choice(as_choice(one["best"])),
-                f"{one['tried']} of {one['tried'] + one['left']}",
-                "; ".join(f"{count} {reason}" for reason, count in one["refused"].items()),
-            ]
+    lines = []
+    for one in row["kernels"]:
+        best = "the default" if one["best"] is None else short_choice(as_choice(one["best"]))
+        numbers = [f"{one['default_us']:.1f}", f"{one['ratio']:.2f}", best]
+        lines.append(
+            cells(
+                [
+                    *(one["kernel"], f"{one['batch']}, {one['shape']}"),
+                    *(numbers if one["tried"] else ("", "", "")),
+                    f"{one['tried']} of {one['tried'] + one['left']}",
+                    "; ".join(f"{count} {reason}" for reason, count in one["refused"].items()),
+                ]
+            )
         )
-        for one in row["kernels"]
-    ]
     return table(_TUNING, lines)
 
 

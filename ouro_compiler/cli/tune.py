@@ -89,14 +89,15 @@ def _print_result(found: Tuning) -> None:
         table = Table("kernel", "batch, shape", "default", "best", "ratio", "tried", "refused")
         for one in found.kernels:
             choice = one.row.choice
+            time = f"{one.row.default_us:.1f} us" if one.row.tried else "not timed"
             refused = "; ".join(f"{count} {reason}" for reason, count in one.refused.items())
             tried = f"{len(one.row.tried)} of {len(one.row.tried) + one.left}"
             table.add_row(
                 one.label,
                 f"{one.batch}, {one.row.shape}",
-                f"{one.row.default_us:.1f} us: {short_choice(one.default)}",
+                f"{time}: {short_choice(one.default)}",
                 "the default" if choice is None else short_choice(choice),
-                f"{one.row.ratio:.2f}",
+                f"{one.row.ratio:.2f}" if one.row.tried else "-",
                 tried,
                 refused or "-",
             )
@@ -107,7 +108,7 @@ def _print_result(found: Tuning) -> None:
 
 def _sentence(found: Tuning) -> str:
     if not found.kernels:
-        return "Nothing was tried: the budget was spent before, or no kernel has candidates."
+        return "No kernel of this model has candidates."
     if found.left:
         return f"{found.left} candidates are left: run it again to go on, or raise --budget."
     return "All candidates were tried." if found.new else "There was nothing to do."

@@ -22,6 +22,7 @@ from ouro_compiler.kernels.candidates import TUNED, Choice, as_choice, known_val
 from ouro_compiler.kernels.spec import Template
 
 FORMAT = 1
+_INVALID = (OSError, ValueError, RecursionError)  # of a file that is no table
 Key = tuple[str, int]  # digest of a kernel by default with its operands' dtypes; B * L, rounded up
 
 
@@ -73,30 +74,42 @@ def read_table(machine: str) -> dict[Key, Row]:
     """The rows of a machine by key; none, with a TuningWarning, of a table that is not valid."""
     path = table_path(machine)
     try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
+        return _read(path, machine)
+    except _INVALID as error:
+        warnings.warn(
+            f"tuned kernels in {path.name} are not used, defaults are: {error}; "
+            "delete it or tune again",
+            TuningWarning,
+            stacklevel=2,
+        )
         return {}
-    except (OSError, UnicodeDecodeError) as error:
-        return _refuse(path, str(error))
-    try:
-        rows = parse_table(text, machine)
-    except (ValueError, RecursionError) as error:
-        return _refuse(path, str(error))
-    return {row.key: row for row in rows}
 
 
 def keep_rows(machine: str, rows: Iterable[Row]) -> None:
-    """Add rows to a machine's table, through a temporary name; of a key's rows the one with more
-    tried stays."""
+    """Add rows to a machine's table, through a temporary name; one that is not valid is replaced.
+
+    Of a key's rows the one with more tried stays.
+    """
     path = table_path(machine)
     with open(path.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        merged = read_table(machine)
+        try:
+            merged = _read(path, machine)
+        except _INVALID:
+            merged = {}
         for row in rows:
             old = merged.get(row.key)
             if old is None or len(old.tried) <= len(row.tried):
                 merged[row.key] = row
         _write(path, format_table(machine, merged.values()))
+
+
+def _read(path: Path, machine: str) -> dict[Key, Row]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return {}
+    return {row.key: row for row in parse_table(text, machine)}
 
 
 def format_table(machine: str, rows: Iterable[Row]) -> str:
@@ -195,16 +208,6 @@ def _list(data: Any, name: str) -> list[Any]:
     if type(data) is not list:
         raise ValueError(f"{name} is no list")
     return data
-
-
-def _refuse(path: Path, reason: str) -> dict[Key, Row]:
-    warnings.warn(
-        f"tuned kernels in {path.name} are not used, defaults are: {reason}; "
-        "delete it or tune again",
-        TuningWarning,
-        stacklevel=3,
-    )
-    return {}
 
 
 def _write(path: Path, text: str) -> None:

@@ -38,7 +38,7 @@ Progress = Callable[[str, int, int], None]
 class TunedKernel:
     """Kernels that run with one choice at one batch size, after tuning; row: of the first one.
 
-    tried: candidates of all runs so far, refused ones included; left: those not tried yet.
+    default: what they have otherwise. new: candidates tried in this run; left: those not tried yet.
     """
 
     batch: int
@@ -219,4 +219,4 @@ class _Run:
                 search.rest()
                 keep_rows(self._machine, search.rows())
             waiting = [one for one in waiting if one.left]
-        self.kernels += [_result(one, images.shape[0]) for one in searches if one.tried]
+        self.kernels += [_result(one, images.shape[0]) for one in searches]
