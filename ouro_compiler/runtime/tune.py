@@ -101,16 +101,18 @@ def tune(
     machine = _machine(device)
     timer = timer or (cuda_timer(device) if device.type == "cuda" else host_timer)
     begin = clock()
-    with torch.inference_mode(False), torch.no_grad(), defaults_only(), _on(device):
-        graph = fold_constants(compiled.graph_module)
-        run = _Run(machine, timer, samples, clock, progress)
-        for number, batch in enumerate(batches):
-            left = begin + budget - clock()
-            end = clock() + left / (len(batches) - number)
-            given = _images(compiled, batch, images).to(device)
-            run.tune_batch(schedule_of(graph, given), given, end)
-    forget()
-    compiled._runner = None
+    run = _Run(machine, timer, samples, clock, progress)
+    try:
+        with torch.inference_mode(False), torch.no_grad(), defaults_only(), _on(device):
+            graph = fold_constants(compiled.graph_module)
+            for number, batch in enumerate(batches):
+                left = begin + budget - clock()
+                end = clock() + left / (len(batches) - number)
+                given = _images(compiled, batch, images).to(device)
+                run.tune_batch(schedule_of(graph, given), given, end)
+    finally:  # what was found before an interruption is kept, and counts
+        forget()
+        compiled._runner = None
     return Tuning(
         machine=machine,
         path=table_path(machine),
