@@ -132,8 +132,10 @@ def test_tuned_rows(artefacts: Path) -> None:
     if not torch.cuda.is_available():
         assert "this machine has no CUDA device" in row["reason"]
         assert "Not tuned: DeviceError: kernels are tuned on" in tables(found.rows)
-    variants = tuned_variants()
-    assert set(variants) == {f"{one}, tuned" for one in ("ours W8A8", "ours W4A8", "ours W4A4")}
+    names = {f"{one}, tuned" for one in ("ours W8A8", "ours W4A8", "ours W4A4")}
+    assert set(tuned_variants()) == names
+    eager = Variant("fp16", lambda subject, images: Built(subject.model))
+    variants = dict.fromkeys(names, eager)
     measure_models(found, ["vim_micro"], [1], rounds=1, variants=variants, **given)
     assert found.rows[-1]["row"] == row_name("vim_micro", 1, "ours W4A4, tuned")
     assert found.rows[-1]["blocks"] == "tuned"
