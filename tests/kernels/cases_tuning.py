@@ -36,7 +36,7 @@ from ouro_compiler.kernels.quantize import (
 )
 from ouro_compiler.kernels.scan import causal_conv1d
 from ouro_compiler.kernels.spec import KernelSpec
-from ouro_compiler.kernels.tuned import forget, key_of, machine_of
+from ouro_compiler.kernels.tuned import defaults_only, forget, key_of, machine_of
 from ouro_compiler.kernels.tuning_table import keep_rows, read_table
 from ouro_compiler.models.vim import vim_micro
 from ouro_compiler.ops.quantize import quantize_dynamic_outlier_ref
@@ -58,7 +58,7 @@ from ouro_compiler.runtime.tuning_trials import (
 from tests.helpers import generator, randn
 from tests.kernels.inputs import activation, on
 
-pytestmark = pytest.mark.usefixtures("poisoned", "own_table")
+pytestmark = pytest.mark.usefixtures("poisoned")
 STATIC = (4, 8, 4, False)
 
 
@@ -83,7 +83,7 @@ def tiny_model() -> CompiledModel:
 
 
 def recorded(call: Callable[[], Any]) -> Launch:
-    with record_launches() as recording:
+    with defaults_only(), record_launches() as recording:
         call()
     (launch,) = recording.launches
     return launch
@@ -156,6 +156,7 @@ def test_candidates_give_the_defaults_bits(name: str, device: str) -> None:
     assert {one for one, value in seen if value != default[one]} == default.keys()
 
 
+@pytest.mark.usefixtures("own_table")
 @pytest.mark.parametrize("wrong", [{"BLOCK_M": 16}, {"BLOCK_N": 16}])
 def test_a_candidate_that_changes_a_sum_is_refused_and_noted(
     wrong: dict[str, int], device: str
@@ -258,6 +259,7 @@ def specs_of(schedule: Schedule) -> list[KernelSpec]:
     return [one.spec for one in schedule.steps if isinstance(one, Launch)]
 
 
+@pytest.mark.usefixtures("own_table")
 def test_the_whole_tuner(device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A budget that ends early, the command that goes on, a run with nothing to do; one result.
 
