@@ -1,12 +1,14 @@
 """Suite "gpu": models and kernels on a CUDA device, against others and against its ceilings.
 
     python -m benchmarks.run --suite gpu --json FILE [--filter REGEX] [--models A,B]
-        [--batches 1,8,32,128] [--rounds 9] [--images 2] [--artefacts FOLDER]
+        [--batches 1,8,32,128] [--rounds 9] [--images 2] [--artefacts FOLDER] [--tune SECONDS]
     python -m benchmarks.gpu_table FILE
 
 --filter is searched in "gpu/kernels/bBATCH/GROUP" and "gpu/MODEL/bBATCH/VARIANT". Rows are written
 as they come and a run that was cut off goes on. A row without numbers has the reason: what computes
-something else gets none. Not run on a GPU yet.
+something else gets none. Kernels run with their default blocks; with --tune they are tuned first,
+SECONDS for every model and preset, and rows of their own say what our variants then take. Not run
+on a GPU yet.
 """
 
 from __future__ import annotations
@@ -20,9 +22,11 @@ import torch
 from benchmarks.cpu import versions
 from benchmarks.gpu_kernels import group_name, measure_gpu_kernels
 from benchmarks.gpu_models import measure_models
+from benchmarks.gpu_tuning import tune_models, tuned_variants
 from benchmarks.kernel_cases import all_groups
 from benchmarks.registry import Row, suite
 from benchmarks.resume import Rows
+from ouro_compiler.kernels.tuned import defaults_only
 
 MODELS = (
     *("vim_tiny", "vim_small", "vim_base"),
@@ -40,17 +44,18 @@ def gpu(options: argparse.Namespace) -> list[Row]:
     batches = [int(one) for one in (options.batches or "1,8,32,128").split(",")]
     rows = Rows(options.json, "gpu", pattern)
     rows.add(machine())
+    models = options.models.split(",") if options.models else MODELS
+    given = {"images": options.images, "artefacts": options.artefacts}
+    if options.tune is not None:
+        tune_models(rows, models, batches, seconds=options.tune, **given)
+        variants = tuned_variants()
+        measure_models(rows, models, batches, rounds=options.rounds, variants=variants, **given)
+        return rows.rows
     groups = [one for batch in batches for one in all_groups(batch, SIZES)]
     wanted = [one for one in groups if re.search(pattern, group_name(one))]
-    measure_gpu_kernels(rows, wanted, rounds=options.rounds)
-    measure_models(
-        rows,
-        options.models.split(",") if options.models else MODELS,
-        batches,
-        images=options.images,
-        rounds=options.rounds,
-        artefacts=options.artefacts,
-    )
+    with defaults_only():
+        measure_gpu_kernels(rows, wanted, rounds=options.rounds)
+        measure_models(rows, models, batches, rounds=options.rounds, **given)
     return rows.rows
 
 

@@ -113,6 +113,7 @@ def _measure_group(
             "name": name,
         }
         row |= {"group": group.name, "batch": group.batch, "check": None, "reason": None}
+        row["blocks"] = "default"
         row |= {"implementation": kernel.implementation, **dict.fromkeys(_NUMBERS)}
         row["work"] = dataclasses.asdict(kernel.work)
         rows.append(row)

@@ -76,11 +76,9 @@ def _ours_half(subject: Subject, images: Tensor) -> Built:
 
 
 def _ours(config: QuantConfig) -> Build:
-    wanted = dataclasses.replace(config, ssm="params")
-
     def make(subject: Subject, images: Tensor) -> Built:
         del images
-        compiled, note = subject.compiled(wanted)
+        compiled, note = subject.compiled(config)
         if subject.device.type == "cpu":
             return Built(compiled, note, module=compiled.graph_module)
         here = copy.deepcopy(compiled).to(subject.device)
@@ -89,6 +87,10 @@ def _ours(config: QuantConfig) -> Build:
     return make
 
 
+PRESETS = {
+    f"ours {name}": dataclasses.replace(config, ssm="params")
+    for name, config in (("W8A8", ouro.W8A8), ("W4A8", ouro.W4A8), ("W4A4", ouro.W4A4))
+}
 EAGER, PACKAGES = "eager fp16, our scan", "eager fp16, mamba_ssm and causal_conv1d kernels"
 COMPILED = "torch.compile max-autotune fp16, our scan"
 VARIANTS: dict[str, Variant] = {
@@ -98,10 +100,9 @@ VARIANTS: dict[str, Variant] = {
     f"{PACKAGES}, CUDA graph": Variant("fp16", _captured(_packages)),
     COMPILED: Variant("fp16", _inductor),
     "ours fp16": Variant("fp16", _ours_half),
-    "ours W8A8": Variant("integer", _ours(ouro.W8A8)),
-    "ours W4A8": Variant("integer", _ours(ouro.W4A8)),
-    "ours W4A4": Variant("integer", _ours(ouro.W4A4)),
+    **{name: Variant("integer", _ours(config)) for name, config in PRESETS.items()},
 }
+TUNED = ", tuned"  # behind a variant's name: its kernels run with what tuning found
 _MADE_AFTER = 4  # calls: compilers and runners make their CUDA graphs at the second or third
 _NUMBERS = (
     *("ms", "ms_min", "ms_q1", "ms_q3", "ms_max", "calls", "images_per_second"),
@@ -146,6 +147,8 @@ def measure_variant(subject: Subject, batch: int, key: str, variant: Variant, ro
     name = row_name(subject.name, batch, key)
     row: Row = {"row": name, "seed": None, "kind": "model", "model": subject.name, "batch": batch}
     row |= {"variant": key, "note": None, "check": None, "reason": None}
+    ours = key.startswith("ours")
+    row["blocks"] = ("tuned" if key.endswith(TUNED) else "default") if ours else None
     row |= dict.fromkeys(_NUMBERS)
     start = time.perf_counter()
     try:

@@ -10,11 +10,14 @@ from pathlib import Path
 from benchmarks.cpu_table import ceilings, cells, giga, ratio, table, times
 from benchmarks.gpu_models import COMPILED, EAGER
 from benchmarks.registry import Row
+from ouro_compiler.cli.tune import short_choice
+from ouro_compiler.kernels.candidates import as_choice
 
 _MODELS = (
     "| variant | ms | quartiles | images/s | vs torch.compile | vs eager, CUDA graph | "
     "peak MB | weights MB | kernels | check, how |"
 )
+_TUNING = "| kernel | batch, shape | default us | ratio | fastest | tried | refused |"
 _KERNELS = (
     "| operator | ms | quartiles | bytes/s | operations/s | share of the ceiling | bound by | "
     "vs F.linear fp16 | runs | check |"
@@ -22,7 +25,7 @@ _KERNELS = (
 
 
 def tables(rows: Iterable[Row]) -> str:
-    """Markdown: the machine, its ceilings, a table a group of kernels, one a model and batch."""
+    """Markdown: machine, ceilings, tables of groups of kernels, models and batches, and tuning."""
     rows = list(rows)
     parts = [_machine(row) for row in rows if row["kind"] == "machine"]
     parts += ceilings(rows)
@@ -39,6 +42,9 @@ def tables(rows: Iterable[Row]) -> str:
     for (name, batch), found in models.items():
         lines = table(_MODELS, [_model(row, found) for row in found])
         parts.append(f"### {name}, batch {batch}\n\n{lines}")
+    for row in rows:
+        if row["kind"] == "tuning":
+            parts.append(f"### {row['model']}, {row['variant']}: tuning\n\n{_tuning(row)}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -50,6 +56,26 @@ def _machine(row: Row) -> str:
         f"{packages}. Times are medians by CUDA events, launches included; ratios say how many "
         "times as fast."
     )
+
+
+def _tuning(row: Row) -> str:
+    if row["reason"] is not None:
+        return f"Not tuned: {row['reason']}"
+    lines = []
+    for one in row["kernels"]:
+        best = "the default" if one["best"] is None else short_choice(as_choice(one["best"]))
+        numbers = [f"{one['default_us']:.1f}", f"{one['ratio']:.2f}", best]
+        lines.append(
+            cells(
+                [
+                    *(one["kernel"], f"{one['batch']}, {one['shape']}"),
+                    *(numbers if one["tried"] else ("", "", "")),
+                    f"{one['tried']} of {one['tried'] + one['left']}",
+                    "; ".join(f"{count} {reason}" for reason, count in one["refused"].items()),
+                ]
+            )
+        )
+    return table(_TUNING, lines)
 
 
 def _kernel(row: Row) -> str:

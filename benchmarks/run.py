@@ -39,6 +39,9 @@ def main() -> None:
     parser.add_argument(
         "--artefacts", type=Path, help="keep compiled models in a folder (cpu, gpu)"
     )
+    parser.add_argument(
+        "--tune", type=float, metavar="SECONDS", help="tune first, each model and preset (gpu)"
+    )
     parser.add_argument("--json", type=Path, help="write the rows, with what they were made with")
     given = parser.parse_args()
     if given.workers < 1:

@@ -17,12 +17,14 @@ if TYPE_CHECKING:
     from ouro_compiler.frontend.standins import install_standins
     from ouro_compiler.runtime.artifact import load
     from ouro_compiler.runtime.compiled_model import CompiledModel
+    from ouro_compiler.runtime.tune import tune
 
 _HOMES = {
     "compile": "ouro_compiler.compiler",
     "load": "ouro_compiler.runtime.artifact",
     "install_standins": "ouro_compiler.frontend.standins",
     "CompiledModel": "ouro_compiler.runtime.compiled_model",
+    "tune": "ouro_compiler.runtime.tune",
     **dict.fromkeys(
         ("PRESETS", "W4A4", "W4A8", "W6A6", "W8A8", "QuantConfig", "SynthesisSpec"),
         "ouro_compiler.config",
@@ -40,6 +42,7 @@ __all__ = [
     "compile",
     "install_standins",
     "load",
+    "tune",
 ]
 
 

@@ -10,11 +10,13 @@ python=${PYTHON:-python3}
 state=.gpu
 mkdir -p "$out" "$state/peers" "$state/done"
 export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD/$state/peers:$PWD
+export OURO_CACHE_DIR=${OURO_CACHE_DIR:-$PWD/$state/cache}
 
 results() {
     for file in gpu.json tests.txt build.txt; do
         [ -e "$state/$file" ] && cp "$state/$file" "$out/"
     done
+    cp "$OURO_CACHE_DIR"/tuning/*.json "$out/" 2>/dev/null # what was tuned
     [ -e "$state/gpu.json" ] && "$python" -m benchmarks.gpu_table "$state/gpu.json" >"$out/gpu.md"
 }
 trap results EXIT
@@ -32,9 +34,11 @@ step() { # step NAME COMMAND...: until it succeeds, within the time that is left
     [ "$status" -ne 0 ] || touch "$state/done/$name"
 }
 
-suite() { # suite NAME FILTER BATCHES MODELS [ROUNDS]
-    step "$1" "$python" -m benchmarks.run --suite gpu --json "$state/gpu.json" \
-        --artefacts "$state/artefacts" --filter "$2" --batches "$3" --models "$4" --rounds "${5:-9}"
+suite() { # suite NAME FILTER BATCHES MODELS [OPTION...]
+    local name=$1 filter=$2 batches=$3 models=$4
+    shift 4
+    step "$name" "$python" -m benchmarks.run --suite gpu --json "$state/gpu.json" \
+        --artefacts "$state/artefacts" --filter "$filter" --batches "$batches" --models "$models" "$@"
 }
 
 tests() {
@@ -54,10 +58,12 @@ step tests bash -c tests
 
 small=vim_tiny
 others=vmamba_tiny_s1l8,vim_base,mambavision_tiny,vim_small,vmamba_base_s1l20
-suite kernels "gpu/kernels/.*(Vim-T|VMamba-T)" 1,32 "$small" 3
+suite kernels "gpu/kernels/.*(Vim-T|VMamba-T)" 1,32 "$small" --rounds 3
 suite vim_tiny "b(1|32)/(eager|ours)" 1,32 "$small"
+suite vim_tiny_tuned tuned 1,32 "$small" --tune 60
 suite vim_tiny_compile "b(1|32)/torch.compile" 1,32 "$small"
 suite others "b(1|32)/(eager|ours)" 1,32 "$others"
+suite others_tuned tuned 1,32 "$others" --tune 40
 suite vim_tiny_batches "b(8|128)/" 8,128 "$small"
 suite others_compile "b(1|32)/torch.compile" 1,32 "$others"
 suite rest "" 1,8,32,128 "$small,$others"

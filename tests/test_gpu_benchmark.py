@@ -21,6 +21,7 @@ from benchmarks.gpu_kernels import check_kernel, gpu_ceilings, measure_gpu_kerne
 from benchmarks.gpu_models import EAGER, PACKAGES, VARIANTS, measure_models, row_name
 from benchmarks.gpu_probe import Probe, bytes_of
 from benchmarks.gpu_table import tables
+from benchmarks.gpu_tuning import tune_models, tuned_variants
 from benchmarks.kernel_cases import Group, Kernel, all_groups
 from benchmarks.resume import Rows
 from benchmarks.subjects import Built, Subject, Variant
@@ -112,6 +113,46 @@ def test_ours_in_half_precision() -> None:
     (row,) = found.rows
     assert row["reason"] is None
     assert row["check"].startswith("relative L2 error 0")
+
+
+def test_rows_say_whose_blocks_they_ran_with(rows: list[dict[str, Any]]) -> None:
+    blocks = {row["variant"]: row["blocks"] for row in rows if row["kind"] == "model"}
+    assert blocks["ours W4A4"] == "default"
+    assert blocks[EAGER] is None
+    assert {row["blocks"] for row in rows if row["kind"] == "kernel"} == {"default"}
+
+
+def test_tuned_rows(artefacts: Path) -> None:
+    """Under names of their own; a model that could not be tuned says why."""
+    found = Rows(None, "gpu", "W4A4, tuned")
+    given = {"images": 2, "device": "cpu", "artefacts": artefacts}
+    tune_models(found, ["vim_micro"], [1], seconds=1.0, **given)
+    (row,) = found.rows
+    assert (row["row"], row["kind"]) == ("gpu/vim_micro/tuning/ours W4A4", "tuning")
+    if not torch.cuda.is_available():
+        assert "this machine has no CUDA device" in row["reason"]
+        assert "Not tuned: DeviceError: kernels are tuned on" in tables(found.rows)
+    names = {f"{one}, tuned" for one in ("ours W8A8", "ours W4A8", "ours W4A4")}
+    assert set(tuned_variants()) == names
+    eager = Variant("fp16", lambda subject, images: Built(subject.model))
+    variants = dict.fromkeys(names, eager)
+    measure_models(found, ["vim_micro"], [1], rounds=1, variants=variants, **given)
+    assert found.rows[-1]["row"] == row_name("vim_micro", 1, "ours W4A4, tuned")
+    assert found.rows[-1]["blocks"] == "tuned"
+    before = list(found.rows)
+    tune_models(found, ["vim_micro"], [1], seconds=1.0, **given)
+    assert found.rows == before, "nothing is tuned for rows that are there"
+
+
+def test_what_was_tuned_is_a_table() -> None:
+    kernel = {"kernel": "quantize 4/8", "shape": "197 x 384", "batch": 1, "default_us": 10.04}
+    kernel |= {"ratio": 0.9, "best": {"num_warps": 4}, "tried": 3, "left": 1}
+    kernel |= {"refused": {"spills registers": 2}}
+    row = {"row": "gpu/m/tuning/ours W4A4", "kind": "tuning", "model": "m", "variant": "ours W4A4"}
+    text = tables([{**row, "reason": None, "kernels": [kernel]}])
+    assert "### m, ours W4A4: tuning" in text
+    line = "| quantize 4/8 | 1, 197 x 384 | 10.0 | 0.90 | warps 4 | 3 of 4 | 2 spills registers |"
+    assert line in text
 
 
 def test_kernels_have_rates_and_a_share(rows: list[dict[str, Any]]) -> None:
@@ -338,6 +379,7 @@ def test_gpu_a_row_of_a_small_model(tmp_path: Path) -> None:
         images=2,
         rounds=1,
         artefacts=tmp_path / "artefacts",
+        tune=None,
     )
     found = gpu.gpu(options)
     reasons = {row["row"]: row["reason"] for row in found if row["reason"] is not None}

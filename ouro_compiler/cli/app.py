@@ -16,6 +16,7 @@ import typer
 
 from ouro_compiler.cli import options
 from ouro_compiler.cli.compare_options import compare_command
+from ouro_compiler.cli.tune_options import tune_command
 from ouro_compiler.errors import OuroError, UsageError
 
 if TYPE_CHECKING:
@@ -338,13 +339,7 @@ def compile_main() -> None:
 
 def main() -> None:
     """`ouro`"""
-    _run(
-        _app(
-            compile=compile_command,
-            generate=generate_command,
-            eval=eval_command,
-            compare=compare_command,
-            inspect=inspect_command,
-            **{"export-onnx": export_onnx_command},
-        )
-    )
+    commands: dict[str, Callable[..., None]]
+    commands = {"compile": compile_command, "generate": generate_command, "eval": eval_command}
+    commands |= {"compare": compare_command, "inspect": inspect_command, "tune": tune_command}
+    _run(_app(**commands, **{"export-onnx": export_onnx_command}))

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def cache_directory(kind: str) -> Path:
-    """A folder for what is generated of one kind ("triton", "cpp", "synthetic"); made private.
+    """A folder of one kind ("triton", "cpp", "synthetic", "tuning") for what is made; private.
 
     It is in $OURO_CACHE_DIR, else in ouro_compiler in the user's cache.
 

@@ -1,14 +1,14 @@
-"""Launching kernels, or recording what would be launched; block sizes for each kernel.
+"""Launching kernels, or recording what would be launched; block sizes for each kernel by default.
 
-No autotuning: sizes follow from shapes, so that a model's kernels can be compiled ahead. They do
-not depend on the batch.
+Defaults follow from shapes, so that a model's kernels can be compiled ahead and nothing needs
+tuning; they do not depend on the batch. What was tuned on a GPU (`tuned.py`) takes their place.
 """
 
 from __future__ import annotations
 
 import contextvars
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,18 +66,35 @@ def note_copy(name: str, reason: str) -> None:
 
 
 def launch(spec: KernelSpec, grid: tuple[int, int, int], *args: Any) -> None:
-    """Launch on the current stream of the first tensor's device, or record.
+    """Launch on the current stream of the first tensor's device, or record; as it was tuned there.
 
     The batch goes into the grid's first dimension: the others end at 65,535.
     """
+    one = _tuning()(spec, grid, args) or Launch(spec=spec, grid=grid, args=args)
     recording = _RECORDING.get()
     if recording is not None:
-        recording.launches.append(Launch(spec=spec, grid=grid, args=args))
-        return
-    if 0 in grid:
-        return
-    with _on_device(args[0]):
-        load_kernel(spec)[grid](*args, **launch_options(spec))
+        recording.launches.append(one)
+    else:
+        start(one)
+
+
+def start(launch: Launch) -> Any:
+    """Launch just this; returns the compiled kernel, None where nothing runs or Triton interprets.
+
+    A group's launch too (`grouping.py`).
+    """
+    if 0 in launch.grid:
+        return None
+    with _on_device(launch.args[0]):
+        kernel = load_kernel(launch.spec)[launch.grid]
+        return kernel(*launch.args, **launch_options(launch.spec))
+
+
+@functools.cache
+def _tuning() -> Callable[..., Launch | None]:
+    from ouro_compiler.kernels.tuned import tuned_launch  # it needs this module
+
+    return tuned_launch
 
 
 def launch_options(spec: KernelSpec) -> dict[str, Any]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -59,36 +62,28 @@ def linear_dynamic_outlier(
     y = codes.new_empty((batch, length, outputs), dtype=dtype or torch.float32)
     fp32_outliers = x is not None and x.dtype == torch.float32
     blocks = linear_blocks(outputs, stored, fp32_outliers=fp32_outliers)
-    # Floating-point sums must not depend on the other samples: no tile holds rows of two.
-    per_sample = outlier_bits == KEEP_FLOAT_BITS
-    tiles = _cdiv(length, blocks["BLOCK_M"]) * batch
-    if not per_sample:
-        tiles = _cdiv(batch * length, blocks["BLOCK_M"])
-    common = {
+    constants = {
         "LENGTH": length,
         "COLUMNS": columns,
+        "OUTPUTS": outputs,
         "WINDOW": window_length(refresh_period, length),
         "REVERSE": reverse,
-        "PER_SAMPLE": per_sample,
-        "BLOCK_M": blocks["BLOCK_M"],
+        "OUTLIER_BITS": outlier_bits,
+        "PACKED": qweight.dtype == torch.uint8,
+        # Floating-point sums must not depend on the other samples: no tile holds rows of two.
+        "PER_SAMPLE": outlier_bits == KEEP_FLOAT_BITS,
+        "SCALE_PER_OUTPUT": weight_scale.numel() > 1,
+        "INLINE_ASM": not interpreting(),
+        "BLOCK_O": _COLUMNS_A_STEP,
+        **_reading(outlier_start),
+        **blocks,
     }
+    tiles = product_tiles(constants, batch)
     rows = batch * length
-    lists = codes.new_empty((tiles, columns), dtype=torch.int32)
-    packed = qweight.dtype == torch.uint8
+    lists = codes.new_empty((tiles.rows, columns), dtype=torch.int32)
     spec = make_spec(
         Template.LINEAR,
-        {
-            **common,
-            **blocks,
-            "OUTPUTS": outputs,
-            "OUTLIER_BITS": outlier_bits,
-            "PACKED": packed,
-            "SCALE_PER_OUTPUT": weight_scale.numel() > 1,
-            "INLINE_ASM": not interpreting(),
-            "EVEN_K": stored * (2 if packed else 1) == columns and stored % blocks["BLOCK_K"] == 0,
-            "BLOCK_O": _COLUMNS_A_STEP,
-            **_listing(outlier_start, length, common["WINDOW"], blocks["BLOCK_M"], per_sample),
-        },
+        {**constants, **tiles.constants},
         epilogue=(
             *((Epilogue.BIAS,) if bias is not None else ()),
             *_ACTIVATIONS[activation],
@@ -97,29 +92,53 @@ def linear_dynamic_outlier(
         num_warps=8 if blocks["BLOCK_N"] >= 64 else 4,
         fp_fusion=False,  # alone, in a group or in a chain: the same bits
     )
-    grid = (tiles * _cdiv(outputs, blocks["BLOCK_N"]), 1, 1)
     activations = (codes, inlier_scale, outlier_scale, outlier_start, lists, x)
     strides = (0, 0, 0) if x is None else x.stride()
-    launch(spec, grid, *activations, qweight, weight_scale, bias, residual, y, rows, *strides)
+    vectors = (weight_scale, bias, residual)
+    launch(spec, tiles.grid, *activations, qweight, *vectors, y, rows, *strides)
     return y
 
 
-def _listing(
-    start: Tensor, length: int, window: int, block_m: int, per_sample: bool
-) -> dict[str, int]:
-    """Constants of the list of columns: the windows that a tile of rows can meet, how to read."""
-    columns = start.shape[2]
-    samples = 1 if per_sample else _cdiv(block_m - 1, length) + 1
+@dataclass(frozen=True, kw_only=True)
+class ProductTiles:
+    """What follows from a product's blocks: tiles of rows, the grid, constants of its list."""
+
+    rows: int
+    grid: tuple[int, int, int]
+    constants: Mapping[str, int]
+
+
+def product_tiles(constants: Mapping[str, int], batch: int) -> ProductTiles:
+    """The tiles of a product with these constants, its blocks among them, for a batch size.
+
+    The list of columns has room for the windows that a tile of rows can meet.
+    """
+    length, window, block_m = (constants[name] for name in ("LENGTH", "WINDOW", "BLOCK_M"))
+    columns, per_word = constants["COLUMNS"], constants["PER_WORD"]
+    if constants["PER_SAMPLE"]:
+        samples, rows = 1, _cdiv(length, block_m) * batch
+    else:
+        samples, rows = _cdiv(block_m - 1, length) + 1, _cdiv(batch * length, block_m)
     windows = min(_cdiv(length, window), _cdiv(block_m - 1, window) + 1)
-    aligned = columns % 4 == 0 and start.storage_offset() % 4 == 0
+    stored = _cdiv(columns, 2) if constants["PACKED"] else columns
+    whole = stored * (2 if constants["PACKED"] else 1) == columns
+    return ProductTiles(
+        rows=rows,
+        grid=(rows * _cdiv(constants["OUTPUTS"], constants["BLOCK_N"]), 1, 1),
+        constants={
+            "EVEN_K": whole and stored % constants["BLOCK_K"] == 0,
+            "SAMPLE_WINDOWS": windows,
+            "BLOCK_R": next_power_of_2(samples * windows),
+            "BLOCK_L": min(_WORDS_A_STEP, next_power_of_2(columns // per_word)),
+        },
+    )
+
+
+def _reading(start: Tensor) -> dict[str, int]:
+    """Constants of how the list of columns reads starts: four bytes at a time, if it may."""
+    aligned = start.shape[2] % 4 == 0 and start.storage_offset() % 4 == 0
     per_word = 4 if start.dtype == torch.uint8 and aligned else 1
-    return {
-        "NEVER": torch.iinfo(start.dtype).max,
-        "PER_WORD": per_word,
-        "SAMPLE_WINDOWS": windows,
-        "BLOCK_R": next_power_of_2(samples * windows),
-        "BLOCK_L": min(_WORDS_A_STEP, next_power_of_2(columns // per_word)),
-    }
+    return {"NEVER": torch.iinfo(start.dtype).max, "PER_WORD": per_word}
 
 
 def _cdiv(a: int, b: int) -> int:

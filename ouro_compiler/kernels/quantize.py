@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -105,27 +106,30 @@ def dequantize_dynamic_outlier(
     y = codes.new_empty(codes.shape, dtype=torch.float32)
     block_k = min(256, next_power_of_2(columns))
     block_m = max(1, 2048 // block_k)
-    spec = make_spec(
-        Template.DEQUANTIZE,
-        {
-            "LENGTH": length,
-            "COLUMNS": columns,
-            "WINDOW": window_length(refresh_period, length),
-            "INLIER_BITS": inlier_bits,
-            "OUTLIER_BITS": outlier_bits,
-            "ASYMMETRIC": zero_point is not None,
-            "REVERSE": reverse,
-            "BLOCK_M": block_m,
-            "BLOCK_K": block_k,
-        },
-        fp_fusion=False,
-    )
-    grid = (-(-batch * length // block_m), -(-columns // block_k), 1)
+    constants = {
+        "LENGTH": length,
+        "COLUMNS": columns,
+        "WINDOW": window_length(refresh_period, length),
+        "INLIER_BITS": inlier_bits,
+        "OUTLIER_BITS": outlier_bits,
+        "ASYMMETRIC": zero_point is not None,
+        "REVERSE": reverse,
+        "BLOCK_M": block_m,
+        "BLOCK_K": block_k,
+    }
+    spec = make_spec(Template.DEQUANTIZE, constants, fp_fusion=False)
+    grid = dequantize_grid(batch * length, constants)
     quantized = (contiguous(codes, "codes"), inlier_scale, zero_point, outlier_scale)
     start = contiguous(outlier_start, "outlier_start")
     strides = (0, 0, 0) if x is None else x.stride()
     launch(spec, grid, *quantized, start, x, y, batch * length, *strides)
     return y
+
+
+def dequantize_grid(rows: int, constants: Mapping[str, int]) -> tuple[int, int, int]:
+    """Programs of a dequantizer of B * L rows with these constants."""
+    tiles = -(-constants["COLUMNS"] // constants["BLOCK_K"])
+    return (-(-rows // constants["BLOCK_M"]), tiles, 1)
 
 
 def add_norm_quantize(

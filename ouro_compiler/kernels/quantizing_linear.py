@@ -40,23 +40,25 @@ def quantizing_linear(
     if columns > _MOST_COLUMNS or window > _ROWS:
         return None
     tile = _ROWS // window * window
+    block_n = min(128, max(16, next_power_of_2(outputs)))
     spec = make_spec(
         Template.QUANTIZING_LINEAR,
         {
             **{name: made[name] for name in ("LENGTH", "COLUMNS", "WINDOW", "REVERSE", "NEVER")},
             **{name: made[name] for name in ("INLIER_BITS", "OUTLIER_BITS")},
-            **{name: reads[name] for name in ("OUTPUTS", "PACKED", "SCALE_PER_OUTPUT", "BLOCK_N")},
+            **{name: reads[name] for name in ("OUTPUTS", "PACKED", "SCALE_PER_OUTPUT")},
             "TILE": tile,
+            "BLOCK_N": block_n,
             "BLOCK_M": _ROWS,
             "BLOCK_K": max(32, next_power_of_2(columns)),  # of an int8 matrix instruction
             "BLOCK_W": next_power_of_2(tile // window),
         },
         epilogue=reads.epilogue,
-        num_warps=reads.num_warps,
+        num_warps=8 if block_n >= 64 else 4,
         fp_fusion=False,  # codes are the quantizer's bit for bit
     )
     tiles = -(-made["LENGTH"] // tile) * codes.shape[0]
-    grid = (tiles * -(-outputs // reads["BLOCK_N"]), 1, 1)
+    grid = (tiles * -(-outputs // block_n), 1, 1)
     qweight, weight_scale, bias, residual, y = product.args[6:11]
     args = (x, scale, threshold, start, qweight, weight_scale, bias, residual, y, *strides)
     return Launch(spec=spec, grid=grid, args=args)

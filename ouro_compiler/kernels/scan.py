@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
 from ouro_compiler.kernels.launch import contiguous, launch, next_power_of_2, scan_channels
@@ -87,23 +89,23 @@ def causal_conv1d(
     check_conv(x, weight, bias)
     batch, channels, length = x.shape
     y = empty_token_major(x)
-    block_d = min(128, next_power_of_2(channels))
-    block_l = 16
-    spec = make_spec(
-        Template.CONV,
-        {
-            "LENGTH": length,
-            "CHANNELS": channels,
-            "TAPS": weight.shape[1],
-            "REVERSE": reverse,
-            "HAS_BIAS": bias is not None,
-            "SILU": silu,
-            "BLOCK_L": block_l,
-            "BLOCK_D": block_d,
-        },
-        num_warps=4,
-        num_stages=1,
-    )
-    grid = (batch, -(-length // block_l), -(-channels // block_d))
+    constants = {
+        "LENGTH": length,
+        "CHANNELS": channels,
+        "TAPS": weight.shape[1],
+        "REVERSE": reverse,
+        "HAS_BIAS": bias is not None,
+        "SILU": silu,
+        "BLOCK_L": 16,
+        "BLOCK_D": min(128, next_power_of_2(channels)),
+    }
+    spec = make_spec(Template.CONV, constants, num_warps=4, num_stages=1)
+    grid = conv_grid(batch, constants)
     launch(spec, grid, x, contiguous(weight, "weight"), bias, y, *x.stride())
     return y
+
+
+def conv_grid(batch: int, constants: Mapping[str, int]) -> tuple[int, int, int]:
+    """Programs of a convolution of a batch with these constants."""
+    tiles = -(-constants["CHANNELS"] // constants["BLOCK_D"])
+    return (batch, -(-constants["LENGTH"] // constants["BLOCK_L"]), tiles)

@@ -10,6 +10,7 @@ every time, so that a CUDA graph can capture it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,9 +19,13 @@ from torch.utils import _pytree as pytree
 
 from ouro_compiler.kernels.cuda import IMPLEMENTATIONS
 from ouro_compiler.kernels.grouping import Access, group_steps, join, joinable, written
-from ouro_compiler.kernels.launch import Launch, launch
+from ouro_compiler.kernels.launch import Launch, start
 from ouro_compiler.runtime.chains import chain_launches
 from ouro_compiler.runtime.record import Call, Step, record_graph, storage_number, tensors_of
+
+
+def _ignore(index: int, launch: Launch) -> None:
+    """Nobody looks at the steps."""
 
 
 class Schedule:
@@ -46,8 +51,11 @@ class Schedule:
         self.names = [" + ".join(names[number] for number in members) for members in order]
         self._unused_after = self._last_uses()
 
-    def __call__(self, images: Tensor) -> Any:
-        """The graph's outputs for images of the shape it was made for."""
+    def __call__(self, images: Tensor, observe: Callable[[int, Launch], Any] = _ignore) -> Any:
+        """The graph's outputs for images of the shape it was made for.
+
+        observe: called with a step's number and its launch on real memory, before that.
+        """
         expected = tuple(self._record.images.shape)
         if tuple(images.shape) != expected:
             raise ValueError(f"this schedule is of images {expected}, got {tuple(images.shape)}")
@@ -59,18 +67,27 @@ class Schedule:
         images = images if whole else images.clone(memory_format=torch.contiguous_format)
         memory[storage_number(self._record.images)] = images.untyped_storage()
         with torch.no_grad():
-            for step, unused in zip(self.steps, self._unused_after, strict=True):
-                self._run(step, memory)
+            pairs = zip(self.steps, self._unused_after, strict=True)
+            for index, (step, unused) in enumerate(pairs):
+                self._run(index, step, memory, observe)
                 for number in unused:
                     del memory[number]
             return pytree.tree_map_only(
                 Tensor, lambda one: _real(one, memory), self._record.outputs
             )
 
-    def _run(self, step: Step, memory: dict[int, torch.UntypedStorage]) -> None:
+    def _run(
+        self,
+        index: int,
+        step: Step,
+        memory: dict[int, torch.UntypedStorage],
+        observe: Callable[[int, Launch], Any],
+    ) -> None:
         if isinstance(step, Launch):
             args = pytree.tree_map_only(Tensor, lambda one: _real(one, memory), step.args)
-            launch(step.spec, step.grid, *args)
+            found = Launch(spec=step.spec, grid=step.grid, args=args)
+            observe(index, found)
+            start(found)
             return
         args, kwargs = pytree.tree_map_only(Tensor, lambda one: _real(one, memory), step.args)
         made = [x for x in pytree.tree_leaves(step.function(*args, **kwargs)) if _is_tensor(x)]

@@ -13,6 +13,7 @@ from tests.kernels.cases_quantize import *  # noqa: F403
 from tests.kernels.cases_quantized_scan import *  # noqa: F403
 from tests.kernels.cases_scan import *  # noqa: F403
 from tests.kernels.cases_scan_dynamic_outlier import *  # noqa: F403
+from tests.kernels.cases_tuning import *  # noqa: F403
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned")]
 

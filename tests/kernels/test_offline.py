@@ -27,16 +27,20 @@ from benchmarks.offline import (
     scan_dynamic_outlier_case,
 )
 from ouro_compiler.errors import UsageError
+from ouro_compiler.kernels.candidates import as_choice, candidates, current_choice
 from ouro_compiler.kernels.grouping import join
-from ouro_compiler.kernels.launch import Launch
+from ouro_compiler.kernels.launch import Launch, record_launches
 from ouro_compiler.kernels.offline import (
     Resources,
+    _driver_for,
     compile_ahead,
     innermost_loops,
     parse_architectures,
     parse_sass,
 )
+from ouro_compiler.kernels.retile import retile
 from ouro_compiler.kernels.spec import Template
+from ouro_compiler.runtime.tuning_trials import NO_COMPILE, RefusedError, compile_candidate
 
 ARCHITECTURES = (80, 89, 90)
 HALF, FULL = torch.float16, torch.float32
@@ -86,6 +90,73 @@ def test_linear(
     else:
         assert product.matrix.startswith("mma.sync.aligned.m16n8k32.row.col")
         assert product.matrix.endswith("s32.s8.s8.s32")
+
+
+SHARED_BYTES = {80: 166_912, 90: 232_448}  # a program's most (CUDA's tables of compute capability)
+PROJECTIONS = {  # of Vim-T, S and B
+    "in_proj": ((192, 768), (384, 1536), (768, 3072)),
+    "x_proj": ((384, 44), (768, 56), (1536, 80)),
+    "dt_proj": ((12, 384), (24, 768), (48, 1536)),
+    "out_proj": ((384, 192), (768, 384), (1536, 768)),
+}
+
+
+def tuned_forms(shape: tuple[int, int], outlier_bits: int = 8) -> list[Launch]:
+    """A product with every candidate of its first list, and steps and stages at its default."""
+    (launch,) = recorded(lambda: linear_case(*shape, packed=True, outlier_bits=outlier_bits))
+    default = current_choice(launch.spec)
+    return [retile(launch, choice) for choice in candidates(launch.spec, default, 32 * 197)]
+
+
+def fits(launch: Launch, arch: int) -> bool:
+    """Does it compile within a multiprocessor's shared memory, and without spills?"""
+    found = compile_ahead(launch, arch)
+    assert found.shared_bytes <= SHARED_BYTES[arch], (current_choice(launch.spec), found)
+    assert found.matrix is not None
+    return (found.spills, found.stack_bytes) == (0, 0)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_the_largest_candidates_of_products(arch: int) -> None:
+    """Of all sizes of all projections, what has the most sums a warp and bytes in flight."""
+    forms = {
+        form.spec: form
+        for shapes in PROJECTIONS.values()
+        for shape in shapes
+        for form in tuned_forms(shape)
+    }
+    largest = sorted(forms.values(), key=lambda one: -_bytes_in_flight(one))[:2]
+    assert all(fits(one, arch) for one in largest)
+
+
+def test_a_candidate_that_does_not_compile_is_refused() -> None:
+    """What the compiler raises is its reason; blocks are powers of two."""
+    with record_launches() as recording:
+        linear_case(384, 44, packed=True, outlier_bits=8)
+    (launch,) = recording.launches
+    with _driver_for(90):
+        compile_candidate(launch)
+        with pytest.raises(RefusedError, match=NO_COMPILE):
+            compile_candidate(retile(launch, as_choice({"BLOCK_K": 48})))
+
+
+def _bytes_in_flight(launch: Launch) -> int:
+    spec = launch.spec
+    stages = min(spec.num_stages, -(-spec["COLUMNS"] // (2 * spec["BLOCK_K"])))
+    return stages * spec["BLOCK_K"] * (2 * spec["BLOCK_M"] + spec["BLOCK_N"])
+
+
+@pytest.mark.slow  # some 30 compilations each, two seconds a compilation
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize(
+    ("projection", "size"), [("in_proj", 0), ("x_proj", 2), ("dt_proj", 1), ("out_proj", 2)]
+)
+def test_every_candidate_of_a_product(projection: str, size: int, arch: int) -> None:
+    forms = tuned_forms(PROJECTIONS[projection][size])
+    assert len(forms) >= 15
+    whole = sum(fits(one, arch) for one in forms)
+    print(f"{projection}, sm_{arch}: {whole} of {len(forms)} candidates do not spill")
+    assert whole >= 0.8 * len(forms)
 
 
 @pytest.mark.parametrize("arch", [80, 90])
