@@ -25,7 +25,7 @@ from ouro_compiler.ops.selective_scan import selective_scan_implementation
 
 
 def _refuse_rows(x: Tensor, *_args: Any) -> str | None:
-    return quantize.refuse_row(x, x.shape[2])
+    return quantize.refuse_row(x, x.shape[-1])
 
 
 def _refuse_channels(x: Tensor, *_args: Any) -> str | None:

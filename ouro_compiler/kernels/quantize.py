@@ -7,11 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ouro_compiler.kernels.launch import contiguous, launch, next_power_of_2, quantizer_warps
+from ouro_compiler.kernels.launch import (
+    contiguous,
+    launch,
+    next_power_of_2,
+    places,
+    quantizer_warps,
+)
 from ouro_compiler.kernels.spec import KernelSpec, Template, make_spec
 from ouro_compiler.ops.causal_conv1d import check as check_conv
 from ouro_compiler.ops.fused import check_gate_sum, empty_quantized
 from ouro_compiler.ops.library import empty_token_major
+from ouro_compiler.ops.maps import tokens_shape
 from ouro_compiler.ops.norm import check as check_norm
 from ouro_compiler.ops.norm import residual_dtype
 from ouro_compiler.ops.quantize import check as check_quantize
@@ -73,17 +80,17 @@ def quantize_dynamic_outlier(
     threshold: Tensor,
     *static: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`quantize_dynamic_outlier_ref` by kernel; x (B, L, K) may have any strides."""
-    check_quantize(
-        "quantize_dynamic_outlier", x, (inlier_scale, zero_point, threshold), *static[:3]
-    )
-    _, length, columns = x.shape
-    codes, scale, start = empty_quantized(x, tuple(x.shape), static[2])  # type: ignore[arg-type]
-    spec = _spec(
-        Template.QUANTIZE, start, length, columns, static, ASYMMETRIC=zero_point is not None
-    )
+    """`quantize_dynamic_outlier_ref` by kernel; x (B, L, K) or (B, H, W, K), of any strides."""
     vectors = (inlier_scale, zero_point, threshold)
-    launch(spec, _grid(start), x, *vectors, codes, scale, start, *x.stride())
+    check_quantize("quantize_dynamic_outlier", x, vectors, *static[:3], maps=True)
+    shape = tokens_shape(x)
+    assert shape is not None  # checked
+    codes, scale, start = empty_quantized(x, shape, static[2])
+    at = places(x)
+    constants = {"ASYMMETRIC": zero_point is not None, "MAP_WIDTH": at.width}
+    spec = _spec(Template.QUANTIZE, start, *shape[1:], static, **constants)
+    strides = (at.sample, at.row, at.token, at.channel)
+    launch(spec, _grid(start), x, *vectors, codes, scale, start, *strides)
     return codes, scale, start
 
 
