@@ -18,6 +18,7 @@ from ouro_compiler.passes.raise_causal_conv1d import raise_causal_conv1d
 from ouro_compiler.passes.raise_norm import raise_norm
 from ouro_compiler.passes.raise_scan_operator import raise_scan_operator
 from ouro_compiler.passes.raise_selective_scan import raise_selective_scan
+from ouro_compiler.passes.read_maps_by_index import read_maps_by_index
 from ouro_compiler.passes.remove_noops import remove_noops
 from ouro_compiler.passes.share_views import share_views
 from ouro_compiler.passes.split_scan_groups import split_scan_groups
@@ -45,6 +46,7 @@ QUANTIZE: tuple[Pass, ...] = (
     *INSERT,  # from here on the graph computes in floating point what it will in integers
     fuse_dequantize_epilogue,  # reads what the first pass wrote
     fuse_quantize_prologue,  # which values must be emitted shows once no linear dequantizes
-    fuse_dequantize_scan,  # last: the pass before takes gates out of plain scans
+    fuse_dequantize_scan,  # the pass before takes gates out of plain scans
+    read_maps_by_index,  # last: what else reads a copy is known
 )
 PIPELINE: tuple[Pass, ...] = NORMALIZE + QUANTIZE
