@@ -37,7 +37,7 @@ def refuse_row(x: Tensor, columns: int) -> str | None:
     return None
 
 
-def _spec(
+def quantizer_spec(
     template: Template,
     start: Tensor,
     length: int,
@@ -45,6 +45,7 @@ def _spec(
     static: tuple[int, int, int, bool],
     **constants: int,
 ) -> KernelSpec:
+    """The spec of a kernel that ends in the quantizer: `constants` are its own."""
     inlier_bits, outlier_bits, refresh_period, reverse = static
     return make_spec(
         template,
@@ -69,7 +70,8 @@ def _check_vectors(name: str, x: Tensor, inlier_scale: Tensor, threshold: Tensor
     check_quantize(name, x, (inlier_scale, threshold), 8, 8, 1)
 
 
-def _grid(start: Tensor) -> tuple[int, int, int]:
+def window_grid(start: Tensor) -> tuple[int, int, int]:
+    """A program a window of a sample, of outlier_start (B, J, K)."""
     return (start.shape[0], start.shape[1], 1)
 
 
@@ -88,9 +90,9 @@ def quantize_dynamic_outlier(
     codes, scale, start = empty_quantized(x, shape, static[2])
     at = places(x)
     constants = {"ASYMMETRIC": zero_point is not None, "MAP_WIDTH": at.width}
-    spec = _spec(Template.QUANTIZE, start, *shape[1:], static, **constants)
+    spec = quantizer_spec(Template.QUANTIZE, start, *shape[1:], static, **constants)
     strides = (at.sample, at.row, at.token, at.channel)
-    launch(spec, _grid(start), x, *vectors, codes, scale, start, *strides)
+    launch(spec, window_grid(start), x, *vectors, codes, scale, start, *strides)
     return codes, scale, start
 
 
@@ -160,7 +162,7 @@ def add_norm_quantize(
     codes, scale, start = empty_quantized(x, tuple(x.shape), refresh_period)  # type: ignore[arg-type]
     value = x.new_empty(x.shape if emit else 0)
     total = x.new_empty(x.shape, dtype=residual_dtype(x, residual, residual_fp32))
-    spec = _spec(
+    spec = quantizer_spec(
         Template.ADD_NORM_QUANTIZE,
         start,
         length,
@@ -173,7 +175,7 @@ def add_norm_quantize(
     )
     inputs = (x, residual, weight, bias, inlier_scale, threshold)
     outputs = (codes, scale, start, value if emit else None, total)
-    launch(spec, _grid(start), *inputs, *outputs, eps)
+    launch(spec, window_grid(start), *inputs, *outputs, eps)
     return codes, scale, start, value, total
 
 
@@ -192,7 +194,7 @@ def causal_conv1d_quantize(
     batch, columns, length = x.shape
     codes, scale, start = empty_quantized(x, (batch, length, columns), static[2])
     value = empty_token_major(x)
-    spec = _spec(
+    spec = quantizer_spec(
         Template.CONV_QUANTIZE,
         start,
         length,
@@ -203,7 +205,7 @@ def causal_conv1d_quantize(
         SILU=silu,
     )
     inputs = (x, contiguous(weight, "weight"), bias, inlier_scale, threshold)
-    launch(spec, _grid(start), *inputs, codes, scale, start, value, *x.stride())
+    launch(spec, window_grid(start), *inputs, codes, scale, start, value, *x.stride())
     return codes, scale, start, value
 
 
@@ -226,7 +228,7 @@ def gate_sum_quantize(
     batch, columns, length = y.shape
     codes, scale, start = empty_quantized(y, (batch, length, columns), refresh_period)
     value = y.new_empty((batch, length, columns) if emit else 0)
-    spec = _spec(
+    spec = quantizer_spec(
         Template.GATE_SUM_QUANTIZE,
         start,
         length,
@@ -243,5 +245,5 @@ def gate_sum_quantize(
     ]
     outputs = (codes, scale, start, value if emit else None)
     vectors = (inlier_scale, threshold)
-    launch(spec, _grid(start), y, other, z, *vectors, *outputs, float(factor), *strides)
+    launch(spec, window_grid(start), y, other, z, *vectors, *outputs, float(factor), *strides)
     return codes, scale, start, value

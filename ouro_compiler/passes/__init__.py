@@ -6,6 +6,7 @@ from ouro_compiler.passes.base import Pass
 from ouro_compiler.passes.cancel_slices import cancel_slices
 from ouro_compiler.passes.fold_constants import fold_constants
 from ouro_compiler.passes.fold_delta_bias import fold_delta_bias
+from ouro_compiler.passes.fuse_cross_merge import fuse_cross_merge
 from ouro_compiler.passes.fuse_dequantize_epilogue import fuse_dequantize_epilogue
 from ouro_compiler.passes.fuse_dequantize_scan import fuse_dequantize_scan
 from ouro_compiler.passes.fuse_direction_flips import fuse_direction_flips
@@ -46,7 +47,8 @@ QUANTIZE: tuple[Pass, ...] = (
     *INSERT,  # from here on the graph computes in floating point what it will in integers
     fuse_dequantize_epilogue,  # reads what the first pass wrote
     fuse_quantize_prologue,  # which values must be emitted shows once no linear dequantizes
-    fuse_dequantize_scan,  # the pass before takes gates out of plain scans
+    fuse_cross_merge,  # needs norms with their quantizers
+    fuse_dequantize_scan,  # after what takes gates out of plain scans
     read_maps_by_index,  # last: what else reads a copy is known
 )
 PIPELINE: tuple[Pass, ...] = NORMALIZE + QUANTIZE
