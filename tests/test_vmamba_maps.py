@@ -115,7 +115,11 @@ def test_public_blocks(channel_first: bool, written_out: bool) -> None:
     model, graphs = compiled(block, images)
     gm = model.graph_module
     assert read_maps(gm) == (2, 2)
+    assert count(gm, MERGE) == 1
+    assert count(gm, ops.add_norm.default) == 0
     with torch.no_grad():
+        before = graphs["fuse_quantize_prologue"](images)
+        assert torch.equal(graphs["fuse_cross_merge"](images), before)
         before = graphs["fuse_dequantize_scan"](images)
         assert torch.equal(graphs["read_maps_by_index"](images), before)
         floating = block(images)
