@@ -10,7 +10,7 @@ from ouro_compiler.ops.fused import cross_merge_norm_quantize_ref
 from ouro_compiler.ops.quantize import quantize_dynamic_outlier_ref
 from tests.helpers import assert_close
 from tests.kernels.inputs import assert_equal, on
-from tests.test_cross_merge_norm_quantize import DTYPES, ROUNDING, orders, randn, vectors
+from tests.kernels.test_cpu_cross_merge import DTYPES, ROUNDING, orders, randn, vectors
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 # (channels, height, width, second orders)

@@ -26,6 +26,7 @@ from tests.kernels.inputs import assert_equal
 from tests.maps import LAYOUTS, columns, in_order, map_in
 from tests.scan_dynamic_outlier_inputs import dynamic_outlier_operands
 
+pytestmark = pytest.mark.usefixtures("poisoned")
 ouro = torch.ops.ouro
 shapes = st.tuples(
     st.integers(1, 2), st.sampled_from([1, 5, 19]), st.integers(1, 6), st.integers(1, 6)

@@ -16,6 +16,7 @@ from ouro_compiler.ops.fused import cross_merge_norm_quantize_ref
 from tests.helpers import REPEATABLE, assert_batch_invariant, assert_close, assert_opcheck, randn
 from tests.kernels.inputs import assert_equal
 
+pytestmark = pytest.mark.usefixtures("poisoned")
 ouro = torch.ops.ouro
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # What floats may differ by, as a share of the largest: one rounding of the dtype.
