@@ -94,11 +94,12 @@ class _Operators(fx.Interpreter):
         name = self._operator(n)
         if name is None:
             return super().run_node(n)
-        kind = (name, *(_static(n, key) for key in ("inlier_bits", "outlier_bits", "reverse")))
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        keys = ("inlier_bits", "outlier_bits", "reverse")
+        kind = (name, args[0].dim(), *(_static(n, key) for key in keys))  # 4: a map
         if kind in self.seen:
             return super().run_node(n)
         self.seen.add(kind)
-        args, kwargs = self.fetch_args_kwargs_from_env(n)
         found = super().run_node(n)
         compare(name, found, self.implementations[name].reference(*args, **kwargs))
         return found

@@ -31,7 +31,8 @@ _BITS = {"W4A4": (4, 4, 8), "W4A8": (4, 8, 16), "W8A8": (8, 8, 16)}
 _VIM, _STATES = 197, 16  # tokens and states of Vim
 _EMBED = {"Vim-T": 192, "Vim-S": 384, "Vim-B": 768}
 SAMPLES = 2  # that differ
-_VMAMBA, _DIRECTION = 3136, 96  # tokens and channels of one order of VMamba-T's first stage
+_SIDE, _DIRECTION = 56, 96  # of the map of VMamba-T's first stage, and its channels
+_VMAMBA = _SIDE * _SIDE  # tokens of one order
 _PRODUCTS = ("madd", "maddubs", "dpbusd")  # KIND in templates/products.h
 
 
@@ -109,6 +110,7 @@ def all_groups(batch: int, sizes: Sequence[str]) -> Iterator[Group]:
     yield Group("linear VMamba-T in_proj", batch, build)
     build = partial(_quantizers, length=_VMAMBA, embed=_DIRECTION, channels=_DIRECTION)
     yield Group("quantizers VMamba-T", batch, build)
+    yield Group("maps VMamba-T", batch, partial(_maps, side=_SIDE, channels=_DIRECTION))
 
 
 @dataclass(frozen=True)
@@ -249,5 +251,34 @@ def _quantizers(
             (x, y, z, 0.5, *inner, *windows, emit),
             fma=3 * x.numel(),
             exp=x.numel(),
+        )
+    return found
+
+
+def _maps(make: Maker, batch: int, side: int, channels: int) -> dict[str, Kernel]:
+    """What reads a map column by column, and the merge of the four orders."""
+    orders = [_tokens(batch, channels, side * side, seed) for seed in range(4)]
+    pixels = orders[0].unflatten(2, (side, side)).transpose(2, 3)
+    state, ones = _tokens(batch, 1, side * side, 4), torch.ones(channels)
+    elements = orders[0].numel()
+    scanned = (pixels, orders[1], -torch.ones(channels, 1), state, state, ones, None, ones)
+    found = {
+        "scan of columns": make.operator(
+            "selective_scan", (*scanned, True, False), fma=14 * elements, exp=2 * elements
+        )
+    }
+    for name, (inlier_bits, outlier_bits) in {"A4": (4, 8), "A8": (8, 16)}.items():
+        scale, threshold = _static(orders[0].transpose(1, 2), inlier_bits)
+        windows = (inlier_bits, outlier_bits, PERIOD, False)
+        found[f"quantize columns {name}"] = make.operator(
+            "quantize_dynamic_outlier",
+            (pixels.movedim(1, -1), scale, None, threshold, *windows),
+        )
+        sides = (orders[0], orders[2], orders[1], orders[3], side, side)
+        norm = (ones, ones, 1e-5, False, scale, threshold)
+        found[f"merge + norm + quantize {name}"] = make.operator(
+            "cross_merge_norm_quantize",
+            (*sides, *norm, *windows, outlier_bits == 16),
+            fma=6 * elements,
         )
     return found

@@ -1,6 +1,6 @@
 """Suite "offline": every kernel compiled for GPUs that need not be here, and what it takes.
 
-Shapes are those of Vim-T, S and B at 224 x 224 (197 tokens) and of VMamba's scan (one state).
+Shapes are those of Vim-T, S and B at 224 x 224 (197 tokens), of VMamba's scan (one state) and maps.
 """
 
 from __future__ import annotations
@@ -17,15 +17,24 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.registry import Row, suite
-from ouro_compiler.kernels import linear, quantize, quantized_scan, scan, scan_dynamic_outlier
+from ouro_compiler.kernels import (
+    cross_merge,
+    linear,
+    quantize,
+    quantized_scan,
+    scan,
+    scan_dynamic_outlier,
+)
 from ouro_compiler.kernels.grouping import join
 from ouro_compiler.kernels.launch import Launch, record_launches
 from ouro_compiler.kernels.offline import compile_ahead, parse_architectures
 from ouro_compiler.kernels.quantizing_linear import quantizing_linear
 
 BATCH, LENGTH, PERIOD = 32, 197, 10
+SIDE = 14  # of a map, in tokens
 WINDOWS = -(-LENGTH // PERIOD)
 HALF, FULL = torch.float16, torch.float32
+SHORT = {HALF: "fp16", torch.bfloat16: "bf16", FULL: "fp32"}
 
 
 def _tokens(channels: int, dtype: torch.dtype = HALF) -> Tensor:
@@ -153,13 +162,26 @@ def quantizer_cases(channels: int) -> None:
     zero = torch.empty(LENGTH, dtype=torch.uint8)
     quantize.quantize_dynamic_outlier(x, _scales()[0], zero, _scales()[1], *static)
     quantize.dequantize_dynamic_outlier(codes, _scales()[0], None, scale, start, None, *static)
-    quantize.add_norm_quantize(
-        x, x, vector, None, 1e-5, True, True, *_scales(), *static, emit=False
-    )
+    norm = (vector, None, 1e-5, True, True)
+    quantize.add_norm_quantize(x, x, *norm, *_scales(), *static, emit=False)
     taps = torch.empty(channels, 4)
     quantize.causal_conv1d_quantize(_tokens(channels), taps, vector, True, *_scales(), *static)
     tokens = [_tokens(channels) for _ in range(3)]
     quantize.gate_sum_quantize(*tokens, 0.5, *_scales(), *static, emit=False)
+
+
+def map_cases(channels: int) -> None:
+    """Launch what reads a map column by column: quantizer, scan of one state, merge with norm."""
+    pixels = torch.empty(BATCH, SIDE, SIDE, channels).transpose(1, 2)
+    orders = [torch.empty(BATCH, SIDE * SIDE, channels).transpose(1, 2) for _ in range(4)]
+    scale, threshold = (torch.empty(SIDE * SIDE, dtype=HALF) for _ in range(2))
+    state, vector = torch.empty(BATCH, 1, SIDE * SIDE), torch.empty(channels)
+    static = (4, 8, PERIOD, False)
+    quantize.quantize_dynamic_outlier(pixels, scale, None, threshold, *static)
+    operands = (orders[0], torch.empty(channels, 1), state, state, vector)
+    scan.selective_scan(pixels.movedim(-1, 1), *operands, None, None, True)
+    norm = (SIDE, SIDE, vector, vector, 1e-5, False, scale, threshold, *static, False)
+    cross_merge.cross_merge_norm_quantize(*orders, *norm)
 
 
 def conv_case(channels: int) -> None:
@@ -186,7 +208,7 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     yield "fp32 outliers", _bind(linear_case, 384, 768, **full)
     for states in (16, 8, 1):
         for dtype in (HALF, torch.bfloat16, FULL):
-            yield f"scan N={states} {_short(dtype)}", _bind(scan_case, 384, states, dtype=dtype)
+            yield f"scan N={states} {SHORT[dtype]}", _bind(scan_case, 384, states, dtype=dtype)
     yield "scan N=16 gate, softplus", _bind(scan_case, 384, 16, whole=True)
     yield "scan N=16 reverse", _bind(scan_case, 384, 16, reverse=True)
     yield "scan N=1 4 groups", _bind(scan_case, 384, 1, groups=4)
@@ -200,6 +222,8 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     yield "scan N=16 fp outliers", _bind(quantized_scan_case, 384, 16, outlier_bits=16)
     for channels in (192, 384, 768, 1536):
         yield f"K={channels}", _bind(quantizer_cases, channels)
+    for channels in (96, 768):
+        yield f"map K={channels}", _bind(map_cases, channels)
     yield "conv", _bind(conv_case, 384)
 
 
@@ -290,10 +314,6 @@ def _line(row: Row) -> str:
 
 def _bind(function: Callable[..., None], *args: Any, **kwargs: Any) -> Callable[[], None]:
     return lambda: function(*args, **kwargs)
-
-
-def _short(dtype: torch.dtype) -> str:
-    return {HALF: "fp16", torch.bfloat16: "bf16", FULL: "fp32"}[dtype]
 
 
 def _empty_triton_cache() -> Any:

@@ -7,7 +7,8 @@ import json
 
 import pytest
 
-from benchmarks.launches import launches, measure
+from benchmarks.launches import launches, measure, shortened
+from benchmarks.launches_table import tables
 from benchmarks.offline import BATCH, LENGTH, WINDOWS, linear_case, recorded, scan_case
 from benchmarks.roofline import BETWEEN_LAUNCHES, CYCLES_A_STEP, GPUS, Work, work_of
 from ouro_compiler.errors import UsageError
@@ -21,7 +22,7 @@ def rows() -> list[dict[str, object]]:
 
 
 def test_a_layer_takes_eight_launches(rows: list[dict[str, object]]) -> None:
-    *single, layer = rows
+    *single, layer, model = rows
     assert [(row["kernel"].split()[0], row["members"]) for row in single] == [  # type: ignore[attr-defined]
         ("add_norm_quantize", 1),
         ("linear_dynamic_outlier", 1),
@@ -33,11 +34,13 @@ def test_a_layer_takes_eight_launches(rows: list[dict[str, object]]) -> None:
         ("linear_dynamic_outlier", 1),
     ]
     assert (layer["kind"], layer["launches"], layer["launches_alone"]) == ("layer", 8, 14)
+    assert layer["calls"] == []
+    assert (model["kind"], model["launches"], model["calls"]) == ("model", 8 * layer["layers"], 0)
     assert json.loads(json.dumps(rows)) == rows
 
 
 def test_a_layer_is_the_sum_of_its_launches(rows: list[dict[str, object]]) -> None:
-    *single, layer = rows
+    *single, layer, _ = rows
     for field in ("bytes", "int8", "fp32", "exponentials"):
         assert layer[field] == sum(row[field] for row in single)  # type: ignore[misc]
     for name in GPUS:
@@ -46,8 +49,60 @@ def test_a_layer_is_the_sum_of_its_launches(rows: list[dict[str, object]]) -> No
 
 
 def test_unknown_models_are_refused() -> None:
-    with pytest.raises(UsageError, match="vmamba has no layers that are counted: choose of vim_"):
+    with pytest.raises(UsageError, match="vmamba has no blocks that are counted: choose of vim_"):
         launches(argparse.Namespace(models="vim_micro,vmamba", batches="1"))
+
+
+def test_blocks_of_a_vmamba() -> None:
+    """One block a stage, with what has no kernel named, scaled by depth."""
+    (found,) = measure("vmamba_micro", "none", [2])
+    blocks = [row for row in found if row["kind"] == "layer"]
+    model = found[-1]
+    assert [(row["block"], row["layers"]) for row in blocks] == [("stage 0", 2), ("stage 1", 2)]
+    for row in blocks:
+        single = [one for one in found if one["kind"] == "launch" and one["block"] == row["block"]]
+        kernels = [one["kernel"].split()[0] for one in single]
+        assert len(kernels) == row["launches"] < row["launches_alone"]
+        assert kernels.count("cross_merge_norm_quantize") == 1
+        assert next(one for one in single if "selective" in one["kernel"])["members"] == 4
+        assert kernels[0] == "add_norm_quantize"
+        assert kernels[-1] == "linear_dynamic_outlier"
+        copies = ("add.Tensor", "flatten.using_ints", "reshape.default", "clone.default")
+        assert not {f"aten.{one}" for one in copies} & set(row["calls"])
+        assert "aten.gelu.default" in row["calls"]
+    assert model["launches"] == 2 * sum(row["launches"] for row in blocks)
+    assert model["calls"] == 2 * sum(len(row["calls"]) for row in blocks)
+    assert "aten.linear.default" in model["calls_of_the_model"]  # the head
+    for name in GPUS:
+        total = 2 * sum(row["estimate_us"][name] for row in blocks)
+        assert model["estimate_us"][name] == pytest.approx(total)
+
+
+def test_kinds_of_blocks() -> None:
+    for name, expected in (
+        ("vim_tiny", [("layer", 24)]),
+        ("vmamba_tiny_s1l8", [(f"stage {s}", count) for s, count in enumerate((2, 2, 8, 2))]),
+        (
+            "mambavision_tiny",
+            [
+                *(("stage 2, scan", 4), ("stage 2, attention", 4)),
+                *(("stage 3, scan", 2), ("stage 3, attention", 2)),
+            ],
+        ),
+    ):
+        assert [(part.name, part.count) for part in shortened(name)[1]] == expected
+
+
+def test_tables(rows: list[dict[str, object]]) -> None:
+    counts, estimates, models = tables(rows).split("\n\n")
+    layer = next(row for row in rows if row["kind"] == "layer")
+    assert (
+        counts.splitlines()[2] == f"| vim_micro, layer | none | {layer['layers']} | 9 | 14 | none |"
+    )
+    assert f"| vim_micro, layer | none | 2 | {layer['bytes'] / 1e6:.1f} |" in estimates  # type: ignore[operator]
+    assert models.splitlines()[2].startswith(
+        f"| vim_micro | none | 2 | {9 * layer['layers']} | 0 |"
+    )  # type: ignore[operator]
 
 
 def test_work_of_a_product() -> None:

@@ -35,20 +35,43 @@ def _normalised(emit: Emitter, node: fx.Node) -> tuple[str, str]:
     total = emit.real(x)
     if residual is not None:
         total = emit.op("Add", total, emit.real(residual))
-    weight, bias = emit.real(argument(node, "weight")), argument(node, "bias")
-    eps = argument(node, "eps")
-    if argument(node, "rms"):
-        y = rms_norm(emit, total, weight, eps, [-1])
-        y = y if bias is None else emit.op("Add", y, emit.real(bias))
-    else:
-        shift = None if bias is None else emit.real(bias)
-        y = emit.op("LayerNormalization", total, weight, shift, axis=-1, epsilon=eps)
+    y = _norm(emit, node, total)
     dtype = residual_dtype(
         value_of(x),
         None if residual is None else value_of(residual),
         argument(node, "residual_fp32"),
     )
     return y, total if dtype == torch.float32 else emit.cast(total, dtype)
+
+
+def _norm(emit: Emitter, node: fx.Node, x: str) -> str:
+    """x fp32 (..., K) normalised as a node's arguments say."""
+    weight, bias = emit.real(argument(node, "weight")), argument(node, "bias")
+    eps = argument(node, "eps")
+    if argument(node, "rms"):
+        y = rms_norm(emit, x, weight, eps, [-1])
+        return y if bias is None else emit.op("Add", y, emit.real(bias))
+    shift = None if bias is None else emit.real(bias)
+    return emit.op("LayerNormalization", x, weight, shift, axis=-1, epsilon=eps)
+
+
+@translates(_OURO.cross_merge_norm_quantize.default)
+def _cross_merge_norm_quantize(emit: Emitter, node: fx.Node) -> Translated:
+    like = value_of(argument(node, "rows"))
+    channels, length = int(like.shape[1]), int(like.shape[2])
+
+    def total(name: str) -> str:
+        made, back = emit.get(argument(node, name)), argument(node, f"{name}_back")
+        return made if back is None else emit.op("Add", made, emit.get(back))
+
+    sides = (argument(node, "width"), argument(node, "height"))
+    columns = emit.op("Reshape", total("columns"), emit.integers(0, channels, *sides))
+    columns = emit.op("Transpose", columns, perm=[0, 3, 2, 1])
+    columns = emit.op("Reshape", columns, emit.integers(0, length, channels))
+    rows = emit.op("Transpose", total("rows"), perm=[0, 2, 1])
+    merged = _as_float(emit, emit.op("Add", rows, columns), like)
+    y = _in_dtype(emit, _norm(emit, node, merged), like)
+    return (*quantize(emit, node, _as_float(emit, y, like), like.transpose(1, 2).shape), y)
 
 
 @translates(_OURO.causal_conv1d.default)

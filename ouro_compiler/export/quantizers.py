@@ -31,7 +31,10 @@ _OURO = torch.ops.ouro
 
 @translates(_OURO.quantize_dynamic_outlier.default, _OURO.quantize_static_outlier.default)
 def _quantize(emit: Emitter, node: fx.Node) -> tuple[str, ...]:
-    return quantize(emit, node, emit.real(node.args[0]), value_of(node)[0].shape)
+    x, shape = emit.real(node.args[0]), value_of(node)[0].shape
+    if value_of(node.args[0]).dim() == 4:  # type: ignore[arg-type]
+        x = emit.op("Reshape", x, emit.integers(0, int(shape[1]), int(shape[2])))
+    return quantize(emit, node, x, shape)
 
 
 def quantize(emit: Emitter, node: fx.Node, x: str, shape: torch.Size) -> tuple[str, ...]:

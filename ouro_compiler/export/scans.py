@@ -38,7 +38,7 @@ class _Operands:
 @translates(_OURO.selective_scan.default)
 def _selective_scan(emit: Emitter, node: fx.Node) -> str:
     B, C = argument(node, "B"), argument(node, "C")
-    u, delta = (emit.real(argument(node, name)) for name in ("u", "delta"))
+    u, delta = _sequence(emit, node), emit.real(argument(node, "delta"))
     ranks = value_of(B).dim() == 4, value_of(C).dim() == 4
     groups = int(groups_of(value_of(B)))
     given = _Operands(u, delta, emit.real(B), emit.real(C), groups, ranks)
@@ -58,8 +58,17 @@ def _selective_scan_dynamic_outlier(emit: Emitter, node: fx.Node) -> str:
     if groups > 1:
         shape = emit.integers(0, groups, states, length)
         B, C = (emit.op("Reshape", one, shape) for one in (B, C))
-    u = emit.real(argument(node, "u"))
+    u = _sequence(emit, node)
     return _translated(emit, node, _Operands(u, delta, B, C, groups, (groups > 1, groups > 1)))
+
+
+def _sequence(emit: Emitter, node: fx.Node) -> str:
+    """u fp32 (B, D, L), which a scan also takes as a map."""
+    u, shape = argument(node, "u"), value_of(node).shape
+    made = emit.real(u)
+    if value_of(u).dim() == 3:
+        return made
+    return emit.op("Reshape", made, emit.integers(0, int(shape[1]), int(shape[2])))
 
 
 def _translated(emit: Emitter, node: fx.Node, given: _Operands) -> str:

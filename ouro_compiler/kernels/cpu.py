@@ -53,6 +53,11 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "add_norm_quantize": Implementation(
         norm.add_norm_quantize, fused.add_norm_quantize_ref, norm.refuse_norm
     ),
+    "cross_merge_norm_quantize": Implementation(
+        norm.cross_merge_norm_quantize,
+        fused.cross_merge_norm_quantize_ref,
+        norm.refuse_cross_merge,
+    ),
     "causal_conv1d": Implementation(conv.causal_conv1d, causal_conv1d_ref, conv.refuse_conv),
     "causal_conv1d_quantize": Implementation(
         conv.causal_conv1d_quantize, fused.causal_conv1d_quantize_ref, conv.refuse_conv

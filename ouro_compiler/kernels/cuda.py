@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ouro_compiler.kernels import linear, quantize, quantized_scan, scan, scan_dynamic_outlier
+from ouro_compiler.kernels import (
+    cross_merge,
+    linear,
+    quantize,
+    quantized_scan,
+    scan,
+    scan_dynamic_outlier,
+)
 from ouro_compiler.kernels.dispatch import Implementation, register
 from ouro_compiler.ops import fused
 from ouro_compiler.ops.causal_conv1d import causal_conv1d_ref
@@ -25,7 +32,7 @@ from ouro_compiler.ops.selective_scan import selective_scan_implementation
 
 
 def _refuse_rows(x: Tensor, *_args: Any) -> str | None:
-    return quantize.refuse_row(x, x.shape[2])
+    return quantize.refuse_row(x, x.shape[-1])
 
 
 def _refuse_channels(x: Tensor, *_args: Any) -> str | None:
@@ -57,6 +64,11 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     ),
     "add_norm_quantize": Implementation(
         quantize.add_norm_quantize, fused.add_norm_quantize_ref, _refuse_rows
+    ),
+    "cross_merge_norm_quantize": Implementation(
+        cross_merge.cross_merge_norm_quantize,
+        fused.cross_merge_norm_quantize_ref,
+        _refuse_channels,
     ),
     "causal_conv1d_quantize": Implementation(
         quantize.causal_conv1d_quantize, fused.causal_conv1d_quantize_ref, _refuse_channels

@@ -114,6 +114,24 @@ def contiguous(tensor: Tensor, name: str) -> Tensor:
     return tensor.contiguous()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    """Where tokens lie: strides in elements, and the columns of a map (row None, width 0: none)."""
+
+    sample: int
+    row: int | None
+    token: int
+    channel: int
+    width: int
+
+
+def places(x: Tensor) -> Places:
+    """Of tokens (B, L, K), or of a map (B, H, W, K)."""
+    sample, *rows, token, channel = x.stride()
+    row, width = (rows[0], x.shape[2]) if rows else (None, 0)
+    return Places(sample=sample, row=row, token=token, channel=channel, width=width)
+
+
 def _on_device(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 

@@ -8,11 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ouro_compiler.kernels.launch import contiguous, launch, next_power_of_2, quantizer_warps
+from ouro_compiler.kernels.launch import (
+    contiguous,
+    launch,
+    next_power_of_2,
+    places,
+    quantizer_warps,
+)
 from ouro_compiler.kernels.spec import KernelSpec, Template, make_spec
 from ouro_compiler.ops.causal_conv1d import check as check_conv
 from ouro_compiler.ops.fused import check_gate_sum, empty_quantized
 from ouro_compiler.ops.library import empty_token_major
+from ouro_compiler.ops.maps import tokens_shape
 from ouro_compiler.ops.norm import check as check_norm
 from ouro_compiler.ops.norm import residual_dtype
 from ouro_compiler.ops.quantize import check as check_quantize
@@ -31,7 +38,7 @@ def refuse_row(x: Tensor, columns: int) -> str | None:
     return None
 
 
-def _spec(
+def quantizer_spec(
     template: Template,
     start: Tensor,
     length: int,
@@ -39,6 +46,7 @@ def _spec(
     static: tuple[int, int, int, bool],
     **constants: int,
 ) -> KernelSpec:
+    """The spec of a kernel that ends in the quantizer: `constants` are its own."""
     inlier_bits, outlier_bits, refresh_period, reverse = static
     return make_spec(
         template,
@@ -63,7 +71,8 @@ def _check_vectors(name: str, x: Tensor, inlier_scale: Tensor, threshold: Tensor
     check_quantize(name, x, (inlier_scale, threshold), 8, 8, 1)
 
 
-def _grid(start: Tensor) -> tuple[int, int, int]:
+def window_grid(start: Tensor) -> tuple[int, int, int]:
+    """A program a window of a sample, of outlier_start (B, J, K)."""
     return (start.shape[0], start.shape[1], 1)
 
 
@@ -74,17 +83,17 @@ def quantize_dynamic_outlier(
     threshold: Tensor,
     *static: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`quantize_dynamic_outlier_ref` by kernel; x (B, L, K) may have any strides."""
-    check_quantize(
-        "quantize_dynamic_outlier", x, (inlier_scale, zero_point, threshold), *static[:3]
-    )
-    _, length, columns = x.shape
-    codes, scale, start = empty_quantized(x, tuple(x.shape), static[2])  # type: ignore[arg-type]
-    spec = _spec(
-        Template.QUANTIZE, start, length, columns, static, ASYMMETRIC=zero_point is not None
-    )
+    """`quantize_dynamic_outlier_ref` by kernel; x (B, L, K) or (B, H, W, K), of any strides."""
     vectors = (inlier_scale, zero_point, threshold)
-    launch(spec, _grid(start), x, *vectors, codes, scale, start, *x.stride())
+    check_quantize("quantize_dynamic_outlier", x, vectors, *static[:3], maps=True)
+    shape = tokens_shape(x)
+    assert shape is not None  # checked
+    codes, scale, start = empty_quantized(x, shape, static[2])
+    at = places(x)
+    constants = {"ASYMMETRIC": zero_point is not None, "MAP_WIDTH": at.width}
+    spec = quantizer_spec(Template.QUANTIZE, start, *shape[1:], static, **constants)
+    strides = (at.sample, at.row, at.token, at.channel)
+    launch(spec, window_grid(start), x, *vectors, codes, scale, start, *strides)
     return codes, scale, start
 
 
@@ -157,7 +166,7 @@ def add_norm_quantize(
     codes, scale, start = empty_quantized(x, tuple(x.shape), refresh_period)  # type: ignore[arg-type]
     value = x.new_empty(x.shape if emit else 0)
     total = x.new_empty(x.shape, dtype=residual_dtype(x, residual, residual_fp32))
-    spec = _spec(
+    spec = quantizer_spec(
         Template.ADD_NORM_QUANTIZE,
         start,
         length,
@@ -170,7 +179,7 @@ def add_norm_quantize(
     )
     inputs = (x, residual, weight, bias, inlier_scale, threshold)
     outputs = (codes, scale, start, value if emit else None, total)
-    launch(spec, _grid(start), *inputs, *outputs, eps)
+    launch(spec, window_grid(start), *inputs, *outputs, eps)
     return codes, scale, start, value, total
 
 
@@ -189,7 +198,7 @@ def causal_conv1d_quantize(
     batch, columns, length = x.shape
     codes, scale, start = empty_quantized(x, (batch, length, columns), static[2])
     value = empty_token_major(x)
-    spec = _spec(
+    spec = quantizer_spec(
         Template.CONV_QUANTIZE,
         start,
         length,
@@ -200,7 +209,7 @@ def causal_conv1d_quantize(
         SILU=silu,
     )
     inputs = (x, contiguous(weight, "weight"), bias, inlier_scale, threshold)
-    launch(spec, _grid(start), *inputs, codes, scale, start, value, *x.stride())
+    launch(spec, window_grid(start), *inputs, codes, scale, start, value, *x.stride())
     return codes, scale, start, value
 
 
@@ -223,7 +232,7 @@ def gate_sum_quantize(
     batch, columns, length = y.shape
     codes, scale, start = empty_quantized(y, (batch, length, columns), refresh_period)
     value = y.new_empty((batch, length, columns) if emit else 0)
-    spec = _spec(
+    spec = quantizer_spec(
         Template.GATE_SUM_QUANTIZE,
         start,
         length,
@@ -240,5 +249,5 @@ def gate_sum_quantize(
     ]
     outputs = (codes, scale, start, value if emit else None)
     vectors = (inlier_scale, threshold)
-    launch(spec, _grid(start), y, other, z, *vectors, *outputs, float(factor), *strides)
+    launch(spec, window_grid(start), y, other, z, *vectors, *outputs, float(factor), *strides)
     return codes, scale, start, value

@@ -27,7 +27,7 @@ def quantizing_linear(
     """
     if (quantize.spec.template, product.spec.template) != (Template.QUANTIZE, Template.LINEAR):
         return None
-    x, scale, _, threshold, codes, outlier_scale, start, *strides = quantize.args
+    x, scale, _, threshold, codes, outlier_scale, start, *places = quantize.args
     given = (codes, scale, outlier_scale, start)
     if not all(same(one, other) for one, other in zip(given, product.args[:4], strict=True)):
         return None
@@ -35,7 +35,7 @@ def quantizing_linear(
     if any(made[name] != reads[name] for name in ("LENGTH", "COLUMNS", "WINDOW", "REVERSE")):
         return None
     window, columns, outputs = made["WINDOW"], made["COLUMNS"], reads["OUTPUTS"]
-    if made["ASYMMETRIC"] or made["OUTLIER_BITS"] == KEEP_FLOAT_BITS:
+    if made["MAP_WIDTH"] or made["ASYMMETRIC"] or made["OUTLIER_BITS"] == KEEP_FLOAT_BITS:
         return None
     if columns > _MOST_COLUMNS or window > _ROWS:
         return None
@@ -60,5 +60,7 @@ def quantizing_linear(
     tiles = -(-made["LENGTH"] // tile) * codes.shape[0]
     grid = (tiles * -(-outputs // block_n), 1, 1)
     qweight, weight_scale, bias, residual, y = product.args[6:11]
+    sample, _, token, channel = places
+    strides = (sample, token, channel)
     args = (x, scale, threshold, start, qweight, weight_scale, bias, residual, y, *strides)
     return Launch(spec=spec, grid=grid, args=args)

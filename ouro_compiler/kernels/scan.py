@@ -6,7 +6,13 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from ouro_compiler.kernels.launch import contiguous, launch, next_power_of_2, scan_channels
+from ouro_compiler.kernels.launch import (
+    contiguous,
+    launch,
+    next_power_of_2,
+    places,
+    scan_channels,
+)
 from ouro_compiler.kernels.quantize import FLOATS
 from ouro_compiler.kernels.spec import Template, make_spec
 from ouro_compiler.ops.causal_conv1d import check as check_conv
@@ -40,16 +46,18 @@ def selective_scan(
 ) -> Tensor:
     """`selective_scan_ref` by kernel; every matrix may have any strides."""
     check_scan(u, delta, A, B, C, D, z, delta_bias)
-    batch, channels, length = u.shape
+    batch, channels, length = delta.shape
     B, C = (matrix[:, None] if matrix.dim() == 3 else matrix for matrix in (B, C))
     groups = B.shape[1]
     in_group = channels // groups
     y = empty_token_major(u)
+    at = places(u.movedim(1, -1))
     block_d = scan_channels(in_group)
     spec = make_spec(
         Template.SCAN,
         {
             "LENGTH": length,
+            "MAP_WIDTH": at.width,
             "CHANNELS": in_group,
             "STATES": A.shape[1],
             "REVERSE": reverse,
@@ -70,7 +78,7 @@ def selective_scan(
     )
     strides = (
         *A.stride(),
-        *u.stride(),
+        *(at.sample, at.channel, at.row, at.token),
         *delta.stride(),
         *((0, 0, 0) if z is None else z.stride()),
         *B.stride(),

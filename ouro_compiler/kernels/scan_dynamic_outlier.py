@@ -6,7 +6,13 @@ from typing import Any
 
 from torch import Tensor
 
-from ouro_compiler.kernels.launch import contiguous, launch, next_power_of_2, scan_channels
+from ouro_compiler.kernels.launch import (
+    contiguous,
+    launch,
+    next_power_of_2,
+    places,
+    scan_channels,
+)
 from ouro_compiler.kernels.quantize import FLOATS, dequantize_dynamic_outlier
 from ouro_compiler.kernels.scan import refuse_scan
 from ouro_compiler.kernels.spec import Template, make_spec
@@ -42,15 +48,17 @@ def selective_scan_dynamic_outlier(
     step, *both = check(u, delta, A, B, C, D, z, delta_bias, static)
     b, c = (matrix(dequantize_dynamic_outlier(*one, *static), A) for one in both)
     inlier_bits, outlier_bits, refresh_period, reverse = static
-    batch, channels, length = u.shape
+    batch, length, channels = step.codes.shape
     groups = b.shape[1]
     in_group = channels // groups
     y = empty_token_major(u)
+    at = places(u.movedim(1, -1))
     block_d = scan_channels(in_group)
     spec = make_spec(
         Template.SCAN_DYNAMIC_OUTLIER,
         {
             "LENGTH": length,
+            "MAP_WIDTH": at.width,
             "CHANNELS": in_group,
             "GROUPS": groups,
             "STATES": A.shape[1],
@@ -83,7 +91,7 @@ def selective_scan_dynamic_outlier(
     )
     strides = (
         *A.stride(),
-        *u.stride(),
+        *(at.sample, at.channel, at.row, at.token),
         *((0, 0, 0) if step.x is None else step.x.stride()),
         *((0, 0, 0) if z is None else z.stride()),
         *b.stride(),

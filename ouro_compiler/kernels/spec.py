@@ -15,6 +15,7 @@ class Template(str, Enum):
     QUANTIZE = "quantize_dynamic_outlier"
     DEQUANTIZE = "dequantize_dynamic_outlier"
     ADD_NORM_QUANTIZE = "add_norm_quantize"
+    CROSS_MERGE_QUANTIZE = "cross_merge_norm_quantize"
     CONV_QUANTIZE = "causal_conv1d_quantize"
     GATE_SUM_QUANTIZE = "gate_sum_quantize"
     LINEAR = "linear_dynamic_outlier"

@@ -24,6 +24,7 @@ QUANTIZERS = (
     torch.ops.ouro.quantize_static_outlier.default,
     torch.ops.ouro.quantize_dynamic_outlier_variant.default,
     torch.ops.ouro.add_norm_quantize.default,
+    torch.ops.ouro.cross_merge_norm_quantize.default,
     torch.ops.ouro.causal_conv1d_quantize.default,
     torch.ops.ouro.gate_sum_quantize.default,
 )

@@ -1,4 +1,4 @@
-"""Ops that end in the dynamic-outlier quantizer: norm, convolution or gate produce codes directly.
+"""Ops that end in the dynamic-outlier quantizer: norm, merge, convolution or gate produce codes.
 
 Each computes its values, rounds them to the input's dtype and quantizes what it rounded, symmetric
 and per time step as `quantize_dynamic_outlier` does. Codes and lists come first, then the values
@@ -92,6 +92,58 @@ def gate_sum_quantize_ref(
     return (*codes, value if emit else value.new_empty(0))
 
 
+def cross_merge_norm_quantize_ref(
+    rows: Tensor,
+    rows_back: Tensor | None,
+    columns: Tensor,
+    columns_back: Tensor | None,
+    height: int,
+    width: int,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    rms: bool,
+    inlier_scale: Tensor,
+    threshold: Tensor,
+    inlier_bits: int,
+    outlier_bits: int,
+    refresh_period: int,
+    reverse: bool,
+    emit: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(codes, outlier_scale, outlier_start, y (B, L, K)) of the norm of a map's merged orders.
+
+    All orders are (B, K, L) with L = height * width: rows and rows_back in raster order, columns
+    and columns_back column after column. Rows are added, columns are, and then both; every sum is
+    rounded to the dtype.
+    """
+    check_cross_merge(rows, rows_back, columns, columns_back, height, width)
+    ahead = rows if rows_back is None else rows + rows_back
+    across = columns if columns_back is None else columns + columns_back
+    merged = ahead + across.unflatten(2, (width, height)).transpose(2, 3).flatten(2)
+    y, _ = add_norm_ref(merged.transpose(1, 2), None, weight, bias, eps, rms, True)
+    static = (inlier_bits, outlier_bits, refresh_period, reverse)
+    quantized = quantize_dynamic_outlier_ref(y, inlier_scale, None, threshold, *static)
+    return (*quantized, y if emit else y.new_empty(0))
+
+
+def check_cross_merge(
+    rows: Tensor,
+    rows_back: Tensor | None,
+    columns: Tensor,
+    columns_back: Tensor | None,
+    height: int,
+    width: int,
+) -> None:
+    """Raise ValueError for operands that do not fit each other."""
+    name, orders = "cross_merge_norm_quantize", (rows, rows_back, columns, columns_back)
+    kinds = {(tuple(order.shape), order.dtype) for order in orders if order is not None}
+    if len(kinds) > 1 or rows.dim() != 3:
+        reject(name, f"orders must share one shape (B, K, L) and dtype, got {kinds}")
+    if height < 1 or width < 1 or rows.shape[2] != height * width:
+        reject(name, f"{rows.shape[2]} tokens are no map of {height} x {width}")
+
+
 def check_gate_sum(y: Tensor, other: Tensor | None, z: Tensor | None) -> None:
     """Raise ValueError for operands that do not fit each other."""
     shapes = {tuple(tensor.shape) for tensor in (y, other, z) if tensor is not None}
@@ -170,6 +222,30 @@ def _fake_gate_sum(
     return (*empty_quantized(y, shape, refresh_period), y.new_empty(shape if emit else 0))
 
 
+def _fake_cross_merge(
+    rows: Tensor,
+    rows_back: Tensor | None,
+    columns: Tensor,
+    columns_back: Tensor | None,
+    height: int,
+    width: int,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    rms: bool,
+    inlier_scale: Tensor,
+    threshold: Tensor,
+    inlier_bits: int,
+    outlier_bits: int,
+    refresh_period: int,
+    reverse: bool,
+    emit: bool,
+) -> tuple[Tensor, ...]:
+    batch, channels, length = rows.shape
+    shape = (batch, length, channels)
+    return (*empty_quantized(rows, shape, refresh_period), rows.new_empty(shape if emit else 0))
+
+
 _QUANTIZER: str = (
     "Tensor inlier_scale, Tensor threshold, int inlier_bits, int outlier_bits, int refresh_period, "
     "bool reverse"
@@ -193,6 +269,13 @@ _DEFINITIONS: tuple[tuple[str, Any, Any], ...] = (
         f"{_QUANTIZER}, bool emit) -> (Tensor, Tensor, Tensor, Tensor)",
         gate_sum_quantize_ref,
         _fake_gate_sum,
+    ),
+    (
+        "cross_merge_norm_quantize(Tensor rows, Tensor? rows_back, Tensor columns, "
+        "Tensor? columns_back, int height, int width, Tensor weight, Tensor? bias, float eps, "
+        f"bool rms, {_QUANTIZER}, bool emit) -> (Tensor, Tensor, Tensor, Tensor)",
+        cross_merge_norm_quantize_ref,
+        _fake_cross_merge,
     ),
 )
 for _schema, _reference, _fake in _DEFINITIONS:

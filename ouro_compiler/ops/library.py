@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+
+from ouro_compiler.ops.maps import sequence_shape
 
 LIBRARY = torch.library.Library("ouro", "DEF")
 
@@ -71,8 +73,13 @@ def differentiate_by_reference(name: str, reference: Callable[..., Any]) -> None
 
 
 def empty_token_major(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """An uninitialised (B, D, L) tensor whose memory is laid out as (B, L, D)."""
-    batch, channels, length = like.shape
+    """An uninitialised (B, D, L) tensor whose memory is laid out as (B, L, D).
+
+    like: (B, D, L), or a map (B, D, H, W).
+    """
+    shape = sequence_shape(like)
+    assert shape is not None
+    batch, channels, length = shape
     return like.new_empty((batch, length, channels), dtype=dtype).transpose(1, 2)
 
 
@@ -86,6 +93,6 @@ def computing_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def reject(name: str, problem: str) -> None:
+def reject(name: str, problem: str) -> NoReturn:
     """Raise the ValueError every op raises for inputs it does not take."""
     raise ValueError(f"ouro::{name}: {problem}")

@@ -17,6 +17,8 @@ zero point the code is symmetric, in [-Q, Q] with Q = 2**(bits-1) - 1. With one 
 it
 is asymmetric, and stored minus 2**(bits-1) so that 8 bits fit int8; the threshold then bounds the
 distance from the middle of the representable interval.
+
+`quantize_dynamic_outlier` takes x as a map (B, H, W, K) too, of any strides: its tokens h * W + w.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ import torch
 from torch import Tensor
 
 from ouro_compiler.ops.library import define_op, reject
+from ouro_compiler.ops.maps import as_tokens, tokens_shape
 
 MIN_SCALE = 1e-8
 TRIGGERS = ("gated", "always", "global_any")
@@ -180,15 +183,23 @@ def check(
     inlier_bits: int,
     outlier_bits: int,
     refresh_period: int,
+    *,
+    maps: bool = False,
 ) -> None:
-    """Raise ValueError for operands of `ouro::<name>` that do not fit each other."""
+    """Raise ValueError for operands of `ouro::<name>` that do not fit each other.
+
+    maps: x may be (B, H, W, K).
+    """
     if not 2 <= inlier_bits <= 8 or not (2 <= outlier_bits <= 8 or outlier_bits == KEEP_FLOAT_BITS):
         reject(name, f"{inlier_bits} inlier and {outlier_bits} outlier bits do not fit int8 codes")
-    if x.dim() != 3:
-        reject(name, f"x must be (B, L, K), got {tuple(x.shape)}")
+    shape = tokens_shape(x)
+    if shape is None or (x.dim() == 4 and not maps):
+        wanted = "(B, L, K) or (B, H, W, K)" if maps else "(B, L, K)"
+        reject(name, f"x must be {wanted}, got {tuple(x.shape)}")
+    length = shape[1]
     for vector in per_token:
-        if vector is not None and vector.shape != x.shape[1:2]:
-            reject(name, f"scales are per time step: expected ({x.shape[1]},), got {vector.shape}")
+        if vector is not None and tuple(vector.shape) != (length,):
+            reject(name, f"scales are per time step: expected ({length},), got {vector.shape}")
     if refresh_period < 1:
         reject(name, f"refresh_period must be at least 1, got {refresh_period}")
 
@@ -205,14 +216,15 @@ def quantize_dynamic_outlier_ref(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(codes, outlier_scale, outlier_start); see the module docstring."""
     per_token = (inlier_scale, zero_point, threshold)
-    check("quantize_dynamic_outlier", x, per_token, inlier_bits, outlier_bits, refresh_period)
-    x = x.float()
+    bits = (inlier_bits, outlier_bits)
+    check("quantize_dynamic_outlier", x, per_token, *bits, refresh_period, maps=True)
+    x = as_tokens(x).float()
     zero = None if zero_point is None else zero_point.float()
     middle, limit = inlier_interval(inlier_scale.float(), zero, inlier_bits)
     magnitude = x.abs() if middle is None else (x - middle[:, None]).abs()
     start = outlier_start_ref(magnitude, limit, threshold.float(), refresh_period, reverse)
     listed = listed_mask(start, x.shape[1], refresh_period, reverse)
-    codes, outlier_scale = encode(x, listed, inlier_scale, zero, inlier_bits, outlier_bits)
+    codes, outlier_scale = encode(x, listed, inlier_scale, zero, *bits)
     return codes, outlier_scale, start
 
 
@@ -288,10 +300,13 @@ def fake_quantizer(
     refresh_period: int,
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    shape = tokens_shape(x)
+    assert shape is not None
+    codes = x.new_empty(shape, dtype=torch.int8)
     return (
-        x.new_empty(x.shape, dtype=torch.int8),
-        x.new_empty(x.shape[:2], dtype=torch.float32),
-        _fake_start(x, refresh_period),
+        codes,
+        x.new_empty(shape[:2], dtype=torch.float32),
+        _fake_start(codes, refresh_period),
     )
 
 

@@ -6,7 +6,7 @@ delta, B and C are what `dequantize_dynamic_outlier` takes, as one list of six e
 
 in its shapes (ops/quantize.py), with tokens first: delta (B, L, D), B and C (B, L, G N). All three
 have the same bits and windows, and windows run in the scan's direction. The other operands and the
-result are those of `ouro::selective_scan`, which reads what is dequantized here.
+result are those of `ouro::selective_scan`, which reads what is dequantized here; u may be a map.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ouro_compiler.ops.library import define_op, empty_token_major, reject
+from ouro_compiler.ops.maps import sequence_shape
 from ouro_compiler.ops.quantize import (
     KEEP_FLOAT_BITS,
     dequantize_dynamic_outlier_ref,
@@ -74,7 +75,8 @@ def _operand(name: str, parts: Parts, u: Tensor, static: Static) -> Quantized:
     per_token = (one.inlier_scale, one.zero_point)
     check_quantize(NAME, one.codes, per_token, inlier_bits, outlier_bits, refresh_period)
     batch, length, columns = one.codes.shape
-    if u.dim() != 3 or (batch, length) != (u.shape[0], u.shape[2]):
+    shape = sequence_shape(u)
+    if shape is None or (batch, length) != (shape[0], shape[2]):
         reject(NAME, f"{name}'s codes must be (B, L, K) for u (B, D, L), got {one.codes.shape}")
     if one.outlier_scale.shape != (batch, length):
         reject(NAME, f"{name}'s outlier_scale must be {(batch, length)}")

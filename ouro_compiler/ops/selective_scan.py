@@ -7,7 +7,8 @@
 Shapes and names are those of `mamba_ssm.selective_scan_fn`: u, delta, z are (B, D, L); A is (D, N);
 B and C are (B, N, L) or (B, G, N, L) with D a multiple of G; D and delta_bias are (D,). Everything
 is computed in fp32 (in double where u is double) and returned in u's dtype, in memory laid out as
-(B, L, D). With `reverse` time runs from the last token to the first; nothing is flipped.
+(B, L, D). With `reverse` time runs from the last token to the first; nothing is flipped. u may be a
+map (B, D, H, W) of any strides: its tokens h * W + w.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from ouro_compiler.ops.library import (
     empty_token_major,
     reject,
 )
+from ouro_compiler.ops.maps import as_sequence, sequence_shape
 
 NAME = "selective_scan"
 
@@ -49,6 +51,7 @@ def selective_scan_ref(
 ) -> Tensor:
     """The definition: one step of time after another. Shapes as in the module docstring."""
     check(u, delta, A, B, C, D, z, delta_bias)
+    u = as_sequence(u)
     batch, channels, length = u.shape
     dtype = computing_dtype(u)
     step = delta.to(dtype)
@@ -88,22 +91,24 @@ def check(
     delta_bias: Tensor | None,
 ) -> None:
     """Raise ValueError for operands that do not fit each other."""
-    if u.dim() != 3 or delta.shape != u.shape or (z is not None and z.shape != u.shape):
+    shape = sequence_shape(u)
+    if shape is None or any(t is not None and tuple(t.shape) != shape for t in (delta, z)):
         reject(NAME, f"u, delta and z must share one shape (B, D, L), got u {tuple(u.shape)}")
-    if A.dim() != 2 or A.shape[0] != u.shape[1] or A.is_complex():
-        reject(NAME, f"A must be real, of shape (D, N), got {tuple(A.shape)} for D = {u.shape[1]}")
-    outer = (u.shape[0], A.shape[1], u.shape[2])
+    batch, channels, length = shape
+    if A.dim() != 2 or A.shape[0] != channels or A.is_complex():
+        reject(NAME, f"A must be real, of shape (D, N), got {tuple(A.shape)} for D = {channels}")
+    outer = (batch, A.shape[1], length)
     for name, matrix in (("B", B), ("C", C)):
         if matrix.dim() not in (3, 4) or (matrix.shape[0], *matrix.shape[-2:]) != outer:
             reject(NAME, f"{name} must be (B, N, L) or (B, G, N, L), got {tuple(matrix.shape)}")
-        if groups_of(matrix) != groups_of(B) or u.shape[1] % groups_of(matrix):
+        if groups_of(matrix) != groups_of(B) or channels % groups_of(matrix):
             reject(
                 NAME,
-                f"B and C need the same number of groups, a divisor of D = {u.shape[1]}, "
+                f"B and C need the same number of groups, a divisor of D = {channels}, "
                 f"got {groups_of(B)} and {groups_of(C)}",
             )
     for name, vector in (("D", D), ("delta_bias", delta_bias)):
-        if vector is not None and vector.shape != u.shape[1:2]:
+        if vector is not None and tuple(vector.shape) != (channels,):
             reject(NAME, f"{name} must have shape (D,), got {tuple(vector.shape)}")
 
 
@@ -127,6 +132,7 @@ def selective_scan_implementation(
 ) -> Tensor:
     """The chunked form, on every device without a kernel. Shapes as in the module docstring."""
     check(u, delta, A, B, C, D, z, delta_bias)
+    u = as_sequence(u)
     return selective_scan_chunked(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
 
 
@@ -169,7 +175,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    grads = torch.ops.ouro.selective_scan_backward(grad, *ctx.saved_tensors, *ctx.flags)
+    u, *others = ctx.saved_tensors
+    grads = torch.ops.ouro.selective_scan_backward(grad, as_sequence(u), *others, *ctx.flags)
+    if u.dim() == 4:
+        grads = (grads[0].unflatten(2, u.shape[2:]), *grads[1:])
     found = [g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False)]
     return (*found, None, None)
 

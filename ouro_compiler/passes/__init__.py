@@ -6,6 +6,7 @@ from ouro_compiler.passes.base import Pass
 from ouro_compiler.passes.cancel_slices import cancel_slices
 from ouro_compiler.passes.fold_constants import fold_constants
 from ouro_compiler.passes.fold_delta_bias import fold_delta_bias
+from ouro_compiler.passes.fuse_cross_merge import fuse_cross_merge
 from ouro_compiler.passes.fuse_delta_softplus import fuse_delta_softplus
 from ouro_compiler.passes.fuse_dequantize_epilogue import fuse_dequantize_epilogue
 from ouro_compiler.passes.fuse_dequantize_scan import fuse_dequantize_scan
@@ -21,6 +22,7 @@ from ouro_compiler.passes.raise_causal_conv1d import raise_causal_conv1d
 from ouro_compiler.passes.raise_norm import raise_norm
 from ouro_compiler.passes.raise_scan_operator import raise_scan_operator
 from ouro_compiler.passes.raise_selective_scan import raise_selective_scan
+from ouro_compiler.passes.read_maps_by_index import read_maps_by_index
 from ouro_compiler.passes.remove_noops import remove_noops
 from ouro_compiler.passes.share_views import share_views
 from ouro_compiler.passes.split_scan_groups import split_scan_groups
@@ -50,7 +52,9 @@ QUANTIZE: tuple[Pass, ...] = (
     fuse_dequantize_epilogue,  # reads what the first pass wrote
     fuse_delta_softplus,  # needs the product behind delta
     fuse_quantize_prologue,  # which values must be emitted shows once no linear dequantizes
-    fuse_dequantize_scan,  # the pass before takes gates out of plain scans
-    narrow_activations,  # last: who reads a product's result is known only now
+    fuse_cross_merge,  # needs norms with their quantizers
+    fuse_dequantize_scan,  # after what takes gates out of plain scans
+    read_maps_by_index,  # what else reads a copy is known
+    narrow_activations,  # last: so is what else reads a product's result
 )
 PIPELINE: tuple[Pass, ...] = NORMALIZE + QUANTIZE

@@ -4,9 +4,10 @@
     causal_conv1d -> transpose -> quantize                        causal_conv1d_quantize
     scan(z) [+ scan(z)] [* number] -> transpose -> quantize       gate_sum_quantize
 
-The third takes the gate out of the scans, which then read no z. Values that something else reads
-are emitted beside the codes. Left alone: asymmetric quantizers and static outliers; a convolution
-whose direction is not its quantizer's; scans with different gates, or whose sum is read elsewhere;
+A norm may be of a map (B, H, W, K) whose tokens are quantized: it becomes one of tokens. The third
+takes the gate out of the scans, which then read no z. Values that something else reads are emitted
+beside the codes. Left alone: asymmetric quantizers and static outliers; a convolution whose
+direction is not its quantizer's; scans with different gates, or whose sum is read elsewhere;
 division by anything but a power of two (its reciprocal is inexact).
 """
 
@@ -22,6 +23,8 @@ from torch import fx
 
 from ouro_compiler.graph import all_arguments, argument, aten, insert_call, is_op, value_of
 from ouro_compiler.passes.base import PassContext
+from ouro_compiler.passes.editing import call
+from ouro_compiler.passes.views import same_size
 
 _OURO = torch.ops.ouro
 _QUANTIZE = _OURO.quantize_dynamic_outlier.default
@@ -70,28 +73,50 @@ class _Quantizer:
 
 def _fuse_norm(quantize: fx.Node) -> bool:
     found = _Quantizer.of(quantize)
-    x = found.x
+    x, sides = _map_of(found.x)
     if not (is_op(x, operator.getitem) and x.args[1] == 0):
         return False
     norm = x.args[0]
     if not is_op(norm, _OURO.add_norm.default):
         return False
     assert isinstance(norm, fx.Node)
-    if value_of(norm)[0].dim() != 3:
+    if value_of(norm)[0].dim() != (4 if sides else 3):
         return False
+    operands = all_arguments(norm)
+    if sides:
+        operands[:2] = [
+            None if one is None else call(norm, aten.flatten.using_ints, one, 1, 2)
+            for one in operands[:2]
+        ]
     fused = insert_call(
         quantize.graph,
         norm,
         _OURO.add_norm_quantize.default,
-        *all_arguments(norm),
+        *operands,
         *found.constants_before(norm),
         *found.static,
-        found.read_elsewhere,
+        found.read_elsewhere or len(x.users) > 1,
     )
     _take_codes(quantize, fused)
     for item in list(norm.users):
-        _replace_item(item, fused, 3 + int(item.args[1]))  # type: ignore[arg-type]
+        _replace_item(item, fused, 3 + int(item.args[1]), sides)  # type: ignore[arg-type]
     return True
+
+
+def _map_of(x: fx.Node) -> tuple[fx.Node, tuple[int, int] | None]:
+    """The map (B, H, W, K) whose tokens in a row x is, and (H, W); x and None for any other x."""
+    if not is_op(x, aten.flatten.using_ints, aten.reshape.default):
+        return x, None
+    source = x.args[0]
+    assert isinstance(source, fx.Node)
+    shape, sizes = value_of(x).shape, value_of(source).shape
+    if len(sizes) != 4 or len(shape) != 3:
+        return x, None
+    batch, height, width, channels = sizes
+    if not isinstance(height, int) or not isinstance(width, int):
+        return x, None
+    same = (batch, height * width, channels)
+    return (source, (height, width)) if all(map(same_size, shape, same)) else (x, None)
 
 
 def _fuse_conv(quantize: fx.Node) -> bool:
@@ -210,8 +235,12 @@ def _take_codes(quantize: fx.Node, fused: fx.Node) -> None:
     quantize.graph.erase_node(quantize)
 
 
-def _replace_item(item: fx.Node, fused: fx.Node, index: int) -> None:
-    """Replace a getitem by another one of the fused op, right behind it."""
+def _replace_item(
+    item: fx.Node, fused: fx.Node, index: int, sides: tuple[int, int] | None = None
+) -> None:
+    """Replace a getitem by another one of the fused op, right behind it; a map where it was one."""
     new = insert_call(item.graph, fused.next, operator.getitem, fused, index)
+    if sides is not None:
+        new = insert_call(item.graph, new.next, aten.unflatten.int, new, 1, sides)
     item.replace_all_uses_with(new)
     item.graph.erase_node(item)

@@ -50,6 +50,9 @@ _READERS: Mapping[Any, _Reader] = {
     _OURO.dequantize_dynamic_outlier.default: _Reader((("x",),)),
     _OURO.add_norm.default: _Reader((("x",),), (0,)),
     _OURO.add_norm_quantize.default: _Reader((("x",),), (3,)),
+    _OURO.cross_merge_norm_quantize.default: _Reader(
+        (("rows", "rows_back", "columns", "columns_back"),), (3,)
+    ),
     _OURO.causal_conv1d.default: _Reader((("x",),), None),
     _OURO.causal_conv1d_quantize.default: _Reader((("x",),), (3,)),
     _OURO.gate_sum_quantize.default: _Reader((("y", "other", "z"),), (3,)),

@@ -146,3 +146,25 @@ def test_fake_quantize(shape: tuple[int, ...], zero: float | None) -> None:
     x[:, 0] = (module.scale * 2.5).expand(LENGTH, COLUMNS)[0]  # ties
     [found] = run(onnx_of(module, x[:2]), x)
     np.testing.assert_array_equal(found, module(x).numpy())
+
+
+class ColumnQuantizer(Quantizer):
+    """Quantizes a map (B, C, H, W) column after column."""
+
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x.permute(0, 3, 2, 1))
+
+
+def test_a_map_read_by_index() -> None:
+    quantizer = ColumnQuantizer("dynamic", (4, 8), 5, True)
+    for name in ("scale", "threshold"):
+        quantizer.register_buffer(name, getattr(quantizer, name)[:15])
+    x = randn(7, 3, COLUMNS, 5, 3)
+    found = run(onnx_of(quantizer, x[:2]), x)
+    tokens = x.permute(0, 3, 2, 1).reshape(3, 15, COLUMNS)
+    expected = quantizer_oracle(
+        tokens.numpy(), quantizer.scale.float().numpy(), None,
+        quantizer.threshold.float().numpy(), *quantizer.static,
+    )  # fmt: skip
+    assert np.array_equal(found[0].astype(np.int64) - 128, expected.codes)
+    assert np.array_equal(found[1], expected.outlier_scale)

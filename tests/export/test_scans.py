@@ -63,6 +63,26 @@ def test_scans(groups: int | None, extras: bool, reverse: bool, form: str) -> No
     assert kinds.count("Exp") == (form == "scan")  # not one a step
 
 
+class ColumnScan(Scan):
+    """Scans u as a map of three columns, column after column."""
+
+    def operands(self, x: Tensor) -> tuple[Any, ...]:
+        u, *others = super().operands(x)
+        return u.unflatten(2, (3, 3)).transpose(2, 3), *others
+
+
+@pytest.mark.parametrize("form", ["scan", "contrib"])
+def test_a_map_read_by_index(form: str) -> None:
+    if form == "contrib" and not has_linear_attention():
+        pytest.skip("this onnxruntime has no LinearAttention")
+    module = ColumnScan(None, True, True)
+    x = _input(module)
+    [found] = run(onnx_of(module, x[:2], scan=form), x)
+    u, *others = module.operands(x)
+    row = torch.cat(u.unbind(2), dim=2)
+    assert_close(torch.from_numpy(found), selective_scan_ref(row, *others), 1e-5)
+
+
 class QuantizedScan(Scan):
     """The same on codes of delta, B and C, whose quantizers stand in front of it."""
 

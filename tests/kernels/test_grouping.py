@@ -90,6 +90,9 @@ STORED = {
     Template.ADD_NORM_QUANTIZE: {
         *("codes_ptr", "outlier_scale_ptr", "outlier_start_ptr", "value_ptr", "total_ptr")
     },
+    Template.CROSS_MERGE_QUANTIZE: {
+        *("codes_ptr", "outlier_scale_ptr", "outlier_start_ptr", "value_ptr")
+    },
     Template.CONV_QUANTIZE: {"codes_ptr", "outlier_scale_ptr", "outlier_start_ptr", "value_ptr"},
     Template.GATE_SUM_QUANTIZE: {
         *("codes_ptr", "outlier_scale_ptr", "outlier_start_ptr", "value_ptr")
@@ -131,10 +134,10 @@ def test_stores_of_called_functions_are_found() -> None:
 
 
 def _launches() -> list[Launch]:
-    from benchmarks.offline import conv_case, quantized_scan_case
+    from benchmarks.offline import conv_case, map_cases, quantized_scan_case
 
     found = recorded(lambda: linear_case(96, 64, packed=True, outlier_bits=8))
-    found += recorded(lambda: quantizer_cases(96))
+    found += recorded(lambda: quantizer_cases(96)) + recorded(lambda: map_cases(96))
     for case in (scan_case, quantized_scan_case):
         found += recorded(lambda case=case: case(96, 4))  # type: ignore[misc]
     return found + recorded(lambda: conv_case(96))

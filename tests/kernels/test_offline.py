@@ -6,6 +6,7 @@ threads run on a multiprocessor for a 64 x 128 tile with two accumulators and th
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from benchmarks.offline import (
     chain_case,
     conv_case,
     linear_case,
+    map_cases,
     other_direction,
     quantized_scan_case,
     quantizer_cases,
@@ -39,7 +41,7 @@ from ouro_compiler.kernels.offline import (
     parse_sass,
 )
 from ouro_compiler.kernels.retile import retile
-from ouro_compiler.kernels.spec import Template
+from ouro_compiler.kernels.spec import KernelSpec, Template
 from ouro_compiler.runtime.tuning_trials import NO_COMPILE, RefusedError, compile_candidate
 
 ARCHITECTURES = (80, 89, 90)
@@ -190,6 +192,34 @@ def test_quantizers_divide_exactly(channels: int, arch: int) -> None:
         assert not launch.spec.fp_fusion
     plain = compile_ahead(launches[0], arch)
     assert not plain.approximate_division
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_maps_read_by_index(arch: int) -> None:
+    """Rows and columns of a map cost a token some twenty instructions, and no registers to speak
+    of; a group of both orders has a loop for each."""
+    in_row = recorded(lambda: quantizer_cases(96))[0]
+    _, scan, merge = launches = recorded(lambda: map_cases(96))
+    assert [one.spec["MAP_WIDTH"] for one in launches] == [14, 14, 14]
+    plain, found, scanned, merged = compiled([in_row, *launches], arch)
+    assert found.registers <= plain.registers + 8
+    assert found.loops[0] <= plain.loops[0] + 40
+    assert scanned.registers <= 40
+    assert scanned.shared_bytes == 0
+    assert merged.registers <= 96
+    assert merged.exact_division
+    assert not merge.spec.fp_fusion
+    flat = dataclasses.replace(scan, spec=without_map(scan.spec))
+    members = [flat, scan, other_direction(flat), other_direction(scan)]
+    (both,) = compiled([join(members)], arch)
+    assert both.registers <= scanned.registers + 24
+    assert len(both.loops) == 2
+    assert max(both.loops) <= scanned.loops[0] + 24
+
+
+def without_map(spec: KernelSpec) -> KernelSpec:
+    constants = {**dict(spec.constants), "MAP_WIDTH": 0}
+    return dataclasses.replace(spec, constants=tuple(sorted(constants.items())))
 
 
 @pytest.mark.parametrize("dtype", [HALF, torch.bfloat16, FULL])

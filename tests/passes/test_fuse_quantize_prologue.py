@@ -101,6 +101,28 @@ def test_norm_emits_what_something_else_reads() -> None:
     assert argument(calls(gm, NORM)[0], "emit") is True
 
 
+@pytest.mark.parametrize("emit", [False, True])
+def test_norm_of_a_map(emit: bool) -> None:
+    """As public VMamba code has it: norms of (B, H, W, K), linears of tokens."""
+
+    def forward(m: Any, x: Tensor) -> Any:
+        pixels = torch.cat([x, x[:, :-1]], 1)[:, : LENGTH - 1].unflatten(1, (2, -1))
+        y, total = norm(m, pixels)
+        scale, threshold = m.scale[1:], m.threshold[1:]
+        static = (*STATIC, False)
+        codes = ouro.quantize_dynamic_outlier(y.flatten(1, 2), scale, None, threshold, *static)
+        return (*codes, total, y * 2) if emit else (*codes, total)
+
+    gm = assert_pass(
+        fuse_quantize_prologue,
+        module(forward),
+        tokens(),
+        before={QUANTIZE: 1, ouro.add_norm.default: 1},
+        after={QUANTIZE: 0, ouro.add_norm.default: 0, NORM: 1},
+    )
+    assert argument(calls(gm, NORM)[0], "emit") is emit
+
+
 def test_the_second_quantizer_of_a_norm_stays() -> None:
     def forward(m: Any, x: Tensor) -> Any:
         y, _ = norm(m, x)
@@ -172,6 +194,13 @@ def asymmetric(m: Any, x: Tensor) -> Any:
     return quantize(m, norm(m, x)[0], zero=m.zero)
 
 
+def other_tokens(m: Any, x: Tensor) -> Any:
+    """A map whose columns follow each other is no view of the norm's rows."""
+    y, _ = norm(m, torch.cat([x, x], 1)[:, : 2 * LENGTH].unflatten(1, (LENGTH, 2)))
+    args = (torch.cat([m.scale] * 2), None, torch.cat([m.threshold] * 2), *STATIC, False)
+    return ouro.quantize_dynamic_outlier(y.transpose(1, 2).flatten(1, 2), *args)
+
+
 def other_direction(m: Any, x: Tensor) -> Any:
     return quantize(m, conv(m, x).transpose(1, 2), True)
 
@@ -216,6 +245,7 @@ def one_scan_twice(m: Any, x: Tensor) -> Any:
     "forward",
     [
         asymmetric,
+        other_tokens,
         other_direction,
         untransposed_convolution,
         different_gates,

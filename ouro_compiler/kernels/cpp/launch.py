@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ouro_compiler.kernels.cpp.source import generate
 from ouro_compiler.kernels.cpp.toolchain import BuildError, build, find_toolchain
-from ouro_compiler.kernels.launch import Launch, current_recording
+from ouro_compiler.kernels.launch import Launch, current_recording, places
 from ouro_compiler.kernels.spec import KernelSpec, Template, make_spec
 
 NO_COMPILER = "no C++ compiler was found: install g++ or clang++, or set CXX"
@@ -74,6 +74,12 @@ def words(args: tuple[Any, ...], address: Callable[[Tensor], int] = Tensor.data_
         for arg in args
     ]
     return (ctypes.c_int64 * len(found))(*found)
+
+
+def strides(x: Tensor) -> tuple[int, int, int, int]:
+    """Of tokens (B, L, K) or a map (B, H, W, K): of a sample; W, or L; of a row, of a token."""
+    at = places(x)
+    return (at.sample, at.width or x.shape[1], at.row or 0, at.token)
 
 
 def check_at_first_use(template: Template, check: Callable[[KernelSpec], None]) -> None:

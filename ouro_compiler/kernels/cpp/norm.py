@@ -10,7 +10,7 @@ from ouro_compiler.kernels.cpp.launch import dtype_code, launch, refuse_dtypes, 
 from ouro_compiler.kernels.cpp.quantize import quantizer, vector
 from ouro_compiler.kernels.launch import contiguous
 from ouro_compiler.kernels.spec import KernelSpec, Template
-from ouro_compiler.ops.fused import empty_quantized
+from ouro_compiler.ops.fused import check_cross_merge, empty_quantized
 from ouro_compiler.ops.norm import check as check_norm
 from ouro_compiler.ops.norm import residual_dtype
 from ouro_compiler.ops.quantize import check as check_quantize
@@ -111,3 +111,70 @@ def add_norm_quantize(
         *quantizer(quantized, (*bits, reverse)),
     )
     return (*quantized, value, total)
+
+
+def refuse_cross_merge(
+    rows: Tensor,
+    rows_back: Tensor | None,
+    columns: Tensor,
+    columns_back: Tensor | None,
+    height: int,
+    width: int,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    rms: bool,
+    inlier_scale: Tensor,
+    threshold: Tensor,
+    *_: Any,
+) -> str | None:
+    """Why no kernel merges and normalises these orders; None if one does."""
+    return refuse_dtypes(rows, weight, bias, inlier_scale, threshold)
+
+
+def cross_merge_norm_quantize(
+    rows: Tensor,
+    rows_back: Tensor | None,
+    columns: Tensor,
+    columns_back: Tensor | None,
+    height: int,
+    width: int,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    rms: bool,
+    inlier_scale: Tensor,
+    threshold: Tensor,
+    inlier_bits: int,
+    outlier_bits: int,
+    refresh_period: int,
+    reverse: bool,
+    emit: bool,
+) -> tuple[Tensor, ...]:
+    """`cross_merge_norm_quantize_ref` in C++; orders are copied unless they are token-major."""
+    check_cross_merge(rows, rows_back, columns, columns_back, height, width)
+    check_norm(rows.transpose(1, 2), None, weight, bias)
+    bits = (inlier_bits, outlier_bits, refresh_period)
+    vectors = (inlier_scale, threshold)
+    check_quantize("cross_merge_norm_quantize", rows.transpose(1, 2), vectors, *bits)
+    batch, channels, length = rows.shape
+    shape = (batch, length, channels)
+    quantized = empty_quantized(rows, shape, refresh_period)
+    value = rows.new_empty(shape if emit else 0)
+    named = {"rows": rows, "rows_back": rows_back, "columns": columns, "columns_back": columns_back}
+    dtype = dtype_code(rows)
+    launch(
+        spec_of(
+            Template.CROSS_MERGE_QUANTIZE, DTYPE=dtype, DTYPE_RESIDUAL=dtype, DTYPE_TOTAL=dtype
+        ),
+        *(
+            None if order is None else contiguous(order.transpose(1, 2), name)
+            for name, order in named.items()
+        ),
+        *(width, *vector(weight, "weight"), *vector(bias, "bias"), eps, rms),
+        value if emit else None,
+        *vector(inlier_scale, "inlier_scale"),
+        *vector(threshold, "threshold"),
+        *quantizer(quantized, (*bits, reverse)),
+    )
+    return (*quantized, value)

@@ -16,6 +16,7 @@ from ouro_compiler.kernels.cpp.launch import (
     launch,
     refuse_dtypes,
     spec_of,
+    strides,
 )
 from ouro_compiler.kernels.cpp.scan import token_major
 from ouro_compiler.kernels.launch import contiguous, current_recording, note_copy
@@ -23,6 +24,7 @@ from ouro_compiler.kernels.spec import Template
 from ouro_compiler.ops.fused import check_gate_sum, empty_quantized
 from ouro_compiler.ops.library import reject
 from ouro_compiler.ops.linear import check_weight
+from ouro_compiler.ops.maps import tokens_shape
 from ouro_compiler.ops.quantize import (
     KEEP_FLOAT_BITS,
     check_dequantize,
@@ -98,8 +100,11 @@ def refuse_weight(
 
 
 def rows(x: Tensor, name: str) -> Tensor:
-    """x (B, L, K) with the channels of a token next to each other; a copy is recorded."""
-    if x.stride(2) == 1 or x.shape[2] == 1:
+    """x (B, L, K) or (B, H, W, K) with the channels of a token next to each other.
+
+    A copy is recorded.
+    """
+    if x.stride(-1) == 1 or x.shape[-1] == 1:
         return x
     note_copy(name, "its channels are not next to each other in memory")
     return x.contiguous()
@@ -131,12 +136,14 @@ def quantize_dynamic_outlier(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`quantize_dynamic_outlier_ref` in C++; shapes as there."""
     vectors = (inlier_scale, zero_point, threshold)
-    check_quantize("quantize_dynamic_outlier", x, vectors, *static[:3])
+    check_quantize("quantize_dynamic_outlier", x, vectors, *static[:3], maps=True)
+    shape = tokens_shape(x)
+    assert shape is not None  # checked
     x = rows(x, "x")
-    quantized = empty_quantized(x, tuple(x.shape), static[2])  # type: ignore[arg-type]
+    quantized = empty_quantized(x, shape, static[2])
     launch(
         spec_of(Template.QUANTIZE, DTYPE=dtype_code(x)),
-        *(x, x.stride(0), x.stride(1)),
+        *(x, *strides(x)),
         *vector(inlier_scale, "inlier_scale"),
         *vector(zero_point, "zero_point"),
         *vector(threshold, "threshold"),

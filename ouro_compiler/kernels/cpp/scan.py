@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ouro_compiler.kernels.cpp.launch import dtype_code, launch, refuse_dtypes, spec_of
+from ouro_compiler.kernels.cpp.launch import dtype_code, launch, refuse_dtypes, spec_of, strides
 from ouro_compiler.kernels.launch import note_copy
 from ouro_compiler.kernels.spec import Template
 from ouro_compiler.ops.library import as_token_major, empty_token_major
@@ -40,6 +40,14 @@ def token_major(x: Tensor, name: str) -> Tensor:
     return as_token_major(x)
 
 
+def sequence(u: Tensor) -> Tensor:
+    """u (B, D, L) or (B, D, H, W) with channels next to each other; a copy is recorded."""
+    if u.dim() == 3 or u.stride(1) == 1 or u.shape[1] == 1:
+        return u if u.dim() == 4 else token_major(u, "u")
+    note_copy("u", "its channels are not next to each other in memory")
+    return u.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
 def selective_scan(
     u: Tensor,
     delta: Tensor,
@@ -54,8 +62,8 @@ def selective_scan(
 ) -> Tensor:
     """`selective_scan_ref` in C++; shapes as there."""
     check_scan(u, delta, A, B, C, D, z, delta_bias)
-    batch, channels, length = u.shape
-    u, delta = token_major(u, "u"), token_major(delta, "delta")
+    batch, channels, length = delta.shape
+    u, delta = sequence(u), token_major(delta, "delta")
     z = None if z is None else token_major(z, "z")
     A = A.contiguous()
     B, C = (matrix[:, None] if matrix.dim() == 3 else matrix for matrix in (B, C))
@@ -69,7 +77,7 @@ def selective_scan(
         DTYPE_BC=dtype_code(B),
     )
     matrices = [
-        *(u, u.stride(0), u.stride(2)),
+        *(u, *strides(u.movedim(1, -1))),
         *(delta, delta.stride(0), delta.stride(2)),
         *((None, 0, 0) if z is None else (z, z.stride(0), z.stride(2))),
         *(A, dtype_code(A)),

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ouro_compiler.kernels.cpp.launch import dtype_code, launch, spec_of
+from ouro_compiler.kernels.cpp.launch import dtype_code, launch, spec_of, strides
 from ouro_compiler.kernels.cpp.quantize import dequantizer, refuse_dequantize
-from ouro_compiler.kernels.cpp.scan import refuse_scan, token_major
+from ouro_compiler.kernels.cpp.scan import refuse_scan, sequence, token_major
 from ouro_compiler.kernels.spec import Template
 from ouro_compiler.ops.library import empty_token_major
 from ouro_compiler.ops.quantize import window_length
@@ -53,8 +53,8 @@ def selective_scan_dynamic_outlier(
     """`selective_scan_dynamic_outlier_ref` in C++; shapes as there."""
     operands = check(u, delta, A, B, C, D, z, delta_bias, static)
     inlier_bits, _, refresh_period, reverse = static
-    batch, channels, length = u.shape
-    u = token_major(u, "u")
+    batch, length, channels = operands[0].codes.shape
+    u = sequence(u)
     z = None if z is None else token_major(z, "z")
     y = empty_token_major(u)
     step, b, _ = operands
@@ -67,7 +67,7 @@ def selective_scan_dynamic_outlier(
         DTYPE_X=dtype_code(step.x),
     )
     arguments = [
-        *(u, u.stride(0), u.stride(2)),
+        *(u, *strides(u.movedim(1, -1))),
         *((None, 0, 0) if z is None else (z, z.stride(0), z.stride(2))),
         *(A.contiguous(), dtype_code(A)),
     ]

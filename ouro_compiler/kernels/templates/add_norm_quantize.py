@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from ouro_compiler.kernels.templates.norm import normalised
 from ouro_compiler.kernels.templates.quantizer import encode, list_outliers
 
 
@@ -50,11 +51,7 @@ def add_norm_quantize_kernel(
         if HAS_RESIDUAL:
             total += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         tl.store(total_ptr + offs, total.to(total_ptr.dtype.element_ty), mask=mask)
-        centered = total
-        if not RMS:
-            centered = tl.where(mask, total - tl.sum(total, axis=0) / COLUMNS, 0.0)
-        variance = tl.sum(centered * centered, axis=0) / COLUMNS
-        y = centered * tl.rsqrt(variance + eps) * weight
+        y = normalised(total, mask, eps, COLUMNS, RMS) * weight
         if HAS_BIAS:
             y += bias
         y = y.to(x_ptr.dtype.element_ty)  # what is quantized is what the norm alone would return

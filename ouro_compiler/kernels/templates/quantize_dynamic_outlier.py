@@ -3,12 +3,13 @@
 import triton
 import triton.language as tl
 
+from ouro_compiler.kernels.templates.common import token_offset
 from ouro_compiler.kernels.templates.quantizer import encode, list_outliers
 
 
 @triton.jit
 def quantize_dynamic_outlier_kernel(
-    x_ptr,  # (B, L, K)
+    x_ptr,  # (B, L, K), or (B, H, W, K)
     inlier_scale_ptr,  # (L,)
     zero_point_ptr,  # (L,), or None
     threshold_ptr,  # (L,)
@@ -16,10 +17,12 @@ def quantize_dynamic_outlier_kernel(
     outlier_scale_ptr,  # fp32 (B, L)
     outlier_start_ptr,  # (B, J, K)
     stride_xb,
+    stride_xh,  # None without a map
     stride_xl,
     stride_xk,
     LENGTH: tl.constexpr,
     COLUMNS: tl.constexpr,
+    MAP_WIDTH: tl.constexpr,  # W, or 0 where x is (B, L, K)
     WINDOW: tl.constexpr,
     INLIER_BITS: tl.constexpr,
     OUTLIER_BITS: tl.constexpr,
@@ -36,7 +39,8 @@ def quantize_dynamic_outlier_kernel(
     for position in range(tl.minimum(WINDOW, LENGTH - window * WINDOW)):
         step = window * WINDOW + position
         token = LENGTH - 1 - step if REVERSE else step
-        row = sample * stride_xb + token.to(tl.int64) * stride_xl
+        place = token_offset(token.to(tl.int64), stride_xh, stride_xl, MAP_WIDTH)
+        row = sample * stride_xb + place
         x = tl.load(x_ptr + row + offs_k * stride_xk, mask=mask, other=0.0).to(tl.float32)
         scale = tl.load(inlier_scale_ptr + token).to(tl.float32)
         threshold = tl.load(threshold_ptr + token).to(tl.float32)

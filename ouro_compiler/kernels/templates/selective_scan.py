@@ -7,20 +7,21 @@ states, and the sum over states needs no shuffles.
 import triton
 import triton.language as tl
 
-from ouro_compiler.kernels.templates.common import silu, softplus
+from ouro_compiler.kernels.templates.common import silu, softplus, to_next_token, token_offset
 from ouro_compiler.kernels.templates.recurrence import advance, load, load_exponents, store
 
 
 @triton.jit(
     do_not_specialize=[
-        *("stride_ub", "stride_ud", "stride_ul", "stride_db", "stride_dd", "stride_dl"),
+        *("stride_ub", "stride_ud", "stride_uh", "stride_ul"),
+        *("stride_db", "stride_dd", "stride_dl"),
         *("stride_zb", "stride_zd", "stride_zl", "stride_bb", "stride_bg"),
         *("stride_bl", "stride_cb", "stride_cg", "stride_cl", "stride_yl"),
         *("stride_ad", "stride_an"),
     ]
 )
 def selective_scan_kernel(
-    u_ptr,  # (B, D, L)
+    u_ptr,  # (B, D, L), or (B, D, H, W)
     delta_ptr,  # (B, D, L)
     a_ptr,  # (D, N)
     b_ptr,  # (B, G, N, L)
@@ -33,6 +34,7 @@ def selective_scan_kernel(
     stride_an,
     stride_ub,
     stride_ud,
+    stride_uh,  # None without a map
     stride_ul,
     stride_db,
     stride_dd,
@@ -50,6 +52,7 @@ def selective_scan_kernel(
     stride_cl,
     stride_yl,
     LENGTH: tl.constexpr,
+    MAP_WIDTH: tl.constexpr,  # W, or 0 where u is (B, D, L)
     CHANNELS: tl.constexpr,  # of one group
     STATES: tl.constexpr,
     REVERSE: tl.constexpr,
@@ -77,7 +80,8 @@ def selective_scan_kernel(
         bias = load(delta_bias_ptr + offs_d, mask_d, whole_d)
 
     first = (LENGTH - 1) * REVERSE
-    u_ptrs = u_ptr + sample * stride_ub + first * stride_ul + offs_d * stride_ud
+    place = token_offset(first, stride_uh, stride_ul, MAP_WIDTH)
+    u_ptrs = u_ptr + sample * stride_ub + place + offs_d * stride_ud
     delta_ptrs = delta_ptr + sample * stride_db + first * stride_dl + offs_d * stride_dd
     b_ptrs = b_ptr + sample * stride_bb + group * stride_bg + first * stride_bl + offs_n * stride_bn
     c_ptrs = c_ptr + sample * stride_cb + group * stride_cg + first * stride_cl + offs_n * stride_cn
@@ -86,7 +90,7 @@ def selective_scan_kernel(
         z_ptrs = z_ptr + sample * stride_zb + first * stride_zl + offs_d * stride_zd
     direction = 1 - 2 * REVERSE
     h = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    for _ in range(LENGTH):
+    for count in range(LENGTH):
         u = load(u_ptrs, mask_d, whole_d)
         delta = load(delta_ptrs, mask_d, whole_d)
         b = load(b_ptrs, mask_n, whole_n)
@@ -102,7 +106,7 @@ def selective_scan_kernel(
             y *= silu(load(z_ptrs, mask_d, whole_d))
             z_ptrs += direction * stride_zl
         store(y_ptrs, y, mask_d, whole_d)
-        u_ptrs += direction * stride_ul
+        u_ptrs += direction * to_next_token(count, stride_uh, stride_ul, MAP_WIDTH)
         delta_ptrs += direction * stride_dl
         b_ptrs += direction * stride_bl
         c_ptrs += direction * stride_cl

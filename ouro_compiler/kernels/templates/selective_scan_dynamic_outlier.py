@@ -8,21 +8,22 @@ Strides are not specialised, as in `selective_scan`.
 import triton
 import triton.language as tl
 
-from ouro_compiler.kernels.templates.common import silu, softplus
+from ouro_compiler.kernels.templates.common import silu, softplus, to_next_token, token_offset
 from ouro_compiler.kernels.templates.dequantizer import dequantize_token
 from ouro_compiler.kernels.templates.recurrence import advance, load, load_exponents, store
 
 
 @triton.jit(
     do_not_specialize=[
-        *("stride_ub", "stride_ud", "stride_ul", "stride_xb", "stride_xl", "stride_xd"),
+        *("stride_ub", "stride_ud", "stride_uh", "stride_ul"),
+        *("stride_xb", "stride_xl", "stride_xd"),
         *("stride_zb", "stride_zd", "stride_zl", "stride_bb", "stride_bg"),
         *("stride_bl", "stride_cb", "stride_cg", "stride_cl", "stride_yl"),
         *("stride_ad", "stride_an"),
     ]
 )
 def selective_scan_dynamic_outlier_kernel(
-    u_ptr,  # (B, D, L)
+    u_ptr,  # (B, D, L), or (B, D, H, W)
     codes_ptr,  # of delta, int8 (B, L, D), contiguous
     inlier_scale_ptr,  # (L,)
     zero_point_ptr,  # (L,), or None
@@ -40,6 +41,7 @@ def selective_scan_dynamic_outlier_kernel(
     stride_an,
     stride_ub,
     stride_ud,
+    stride_uh,  # None without a map
     stride_ul,
     stride_xb,
     stride_xl,
@@ -57,6 +59,7 @@ def selective_scan_dynamic_outlier_kernel(
     stride_cl,
     stride_yl,
     LENGTH: tl.constexpr,
+    MAP_WIDTH: tl.constexpr,  # W, or 0 where u is (B, D, L)
     CHANNELS: tl.constexpr,  # of one group
     GROUPS: tl.constexpr,
     STATES: tl.constexpr,
@@ -91,7 +94,8 @@ def selective_scan_dynamic_outlier_kernel(
         bias = load(delta_bias_ptr + offs_d, mask_d, whole_d)
 
     first = (LENGTH - 1) * REVERSE
-    u_ptrs = u_ptr + sample * stride_ub + first * stride_ul + offs_d * stride_ud
+    place = token_offset(first, stride_uh, stride_ul, MAP_WIDTH)
+    u_ptrs = u_ptr + sample * stride_ub + place + offs_d * stride_ud
     codes_ptrs = codes_ptr + (sample * LENGTH + first) * columns + offs_d
     start_ptrs = outlier_start_ptr + sample * windows * columns + offs_d
     x_ptrs = x_ptr
@@ -144,7 +148,9 @@ def selective_scan_dynamic_outlier_kernel(
                 y *= silu(load(z_ptrs, mask_d, whole_d))
                 z_ptrs += direction * stride_zl
             store(y_ptrs, y, mask_d, whole_d)
-            u_ptrs += direction * stride_ul
+            u_ptrs += direction * to_next_token(
+                window * WINDOW + position, stride_uh, stride_ul, MAP_WIDTH
+            )
             codes_ptrs += direction * columns
             if OUTLIER_BITS == 16:
                 x_ptrs += direction * stride_xl

@@ -91,6 +91,17 @@ template <int DTYPE> static inline float to_float(const stored<DTYPE>& x) {
     }
 }
 
+// Where tokens lie: a map has `width` a row; without one, all of them are in one row.
+struct Places {
+    int64_t width, row, token;  // elements from row to row, and from token to token
+
+    int64_t at(int64_t t) const {
+        if (t < width) return t * token;
+        const uint32_t h = uint32_t(t) / uint32_t(width);  // no map has 2^32 pixels
+        return h * row + (t - h * width) * token;
+    }
+};
+
 // An element of a tensor whose dtype is known only at run time: parameters, read once a block.
 static inline float read(const void* p, int64_t dtype, int64_t i) {
     if (dtype == FP32) return ((const float*)p)[i];

@@ -18,7 +18,8 @@ struct Scan {
     const stored<DTYPE_U>* u;
     const stored<DTYPE_U>* z;
     stored<DTYPE_U>* y;
-    int64_t su_l, sz_l, sy_l;
+    Places u_places;
+    int64_t sz_l, sy_l;
     const stored<DTYPE_BC>*B, *C;
     int64_t sb_n, sb_l, sc_n, sc_l;
 };
@@ -68,6 +69,7 @@ static void scan(const Scan& s, const Delta& delta, const vec* a, vec skip, bool
     vec least = a[0], greatest = a[0];
     for (int n = 1; n < STATES; n++) least = min(least, a[n]), greatest = max(greatest, a[n]);
     const ivec always = greatest <= 0;
+    const int64_t to_row = s.u_places.row - s.u_places.width * s.u_places.token;
     const int64_t tiles = (length + TILE - 1) / TILE;
     for (int64_t i = 0; i < tiles; i++) {
         const int64_t first = (REVERSE ? tiles - 1 - i : i) * TILE;
@@ -79,8 +81,12 @@ static void scan(const Scan& s, const Delta& delta, const vec* a, vec skip, bool
             for (; t + 4 <= count; t += 4) softplus<4>(dt + t);
             for (; t < count; t++) dt[t] = softplus(dt[t]);
         }
+        const auto* u = s.u + s.u_places.at(first);
+        int64_t column = first % s.u_places.width;
         for (int t = 0; t < count; t++) {
-            const vec step = dt[t], x = load<DTYPE_U>(s.u + (first + t) * s.su_l, lanes);
+            const vec step = dt[t], x = load<DTYPE_U>(u, lanes);
+            u += s.u_places.token;
+            if (++column == s.u_places.width) u += to_row, column = 0;
             inside &= (step >= 0) & (step * least >= -126);
             dx[t] = step * x;
             acc[t] = skip * x;

@@ -3,8 +3,8 @@
 #include "recurrence.h"
 
 extern "C" void selective_scan(
-    const void* u, int64_t su_b, int64_t su_l, const void* delta, int64_t sd_b, int64_t sd_l,
-    const void* z, int64_t sz_b, int64_t sz_l, const void* A, int64_t A_dtype, const void* B,
+    const void* u, int64_t su_b, int64_t width, int64_t su_h, int64_t su_l, const void* delta,
+    int64_t sd_b, int64_t sd_l, const void* z, int64_t sz_b, int64_t sz_l, const void* A, int64_t A_dtype, const void* B,
     int64_t sb_b, int64_t sb_g, int64_t sb_n, int64_t sb_l, const void* C, int64_t sc_b,
     int64_t sc_g, int64_t sc_n, int64_t sc_l, const void* D, int64_t D_dtype, const void* delta_bias,
     int64_t bias_dtype, int64_t delta_softplus, void* y, int64_t batch, int64_t channels,
@@ -23,7 +23,7 @@ extern "C" void selective_scan(
         Scan s = {(const stored<DTYPE_U>*)u + sample * su_b + d,
                   z ? (const stored<DTYPE_U>*)z + sample * sz_b + d : nullptr,
                   (stored<DTYPE_U>*)y + sample * length * channels + d,
-                  su_l, sz_l, channels,
+                  {width, su_h, su_l}, sz_l, channels,
                   (const stored<DTYPE_BC>*)B + sample * sb_b + group * sb_g,
                   (const stored<DTYPE_BC>*)C + sample * sc_b + group * sc_g,
                   sb_n, sb_l, sc_n, sc_l};

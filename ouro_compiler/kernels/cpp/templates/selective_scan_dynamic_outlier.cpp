@@ -23,8 +23,8 @@ static void dequantize_rows(const Operand& q, const Token* tokens, int64_t sampl
 }
 
 extern "C" void selective_scan_dynamic_outlier(
-    const void* u, int64_t su_b, int64_t su_l, const void* z, int64_t sz_b, int64_t sz_l,
-    const void* A, int64_t A_dtype, const void* D, int64_t D_dtype, const void* delta_bias,
+    const void* u, int64_t su_b, int64_t width, int64_t su_h, int64_t su_l, const void* z,
+    int64_t sz_b, int64_t sz_l, const void* A, int64_t A_dtype, const void* D, int64_t D_dtype, const void* delta_bias,
     int64_t bias_dtype, int64_t delta_softplus, const void* delta, const void* delta_scale,
     int64_t delta_scale_dtype, const void* delta_zero, int64_t delta_zero_dtype,
     const void* delta_outlier, const void* delta_start, const void* delta_x, int64_t sd_b,
@@ -70,7 +70,7 @@ extern "C" void selective_scan_dynamic_outlier(
             Scan s = {(const stored<DTYPE_U>*)u + sample * su_b + d,
                       z ? (const stored<DTYPE_U>*)z + sample * sz_b + d : nullptr,
                       (stored<DTYPE_U>*)y + sample * length * channels + d,
-                      su_l, sz_l, channels,
+                      {width, su_h, su_l}, sz_l, channels,
                       b.data, c.data, 1, STATES, 1, STATES};
             const vec bias = read_lanes(delta_bias, bias_dtype, d, 1, lanes);
             const bool listing = step.lists(sample, d, lanes);
