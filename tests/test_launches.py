@@ -97,11 +97,11 @@ def test_tables(rows: list[dict[str, object]]) -> None:
     counts, estimates, models = tables(rows).split("\n\n")
     layer = next(row for row in rows if row["kind"] == "layer")
     assert (
-        counts.splitlines()[2] == f"| vim_micro, layer | none | {layer['layers']} | 9 | 14 | none |"
+        counts.splitlines()[2] == f"| vim_micro, layer | none | {layer['layers']} | 8 | 14 | none |"
     )
     assert f"| vim_micro, layer | none | 2 | {layer['bytes'] / 1e6:.1f} |" in estimates  # type: ignore[operator]
     assert models.splitlines()[2].startswith(
-        f"| vim_micro | none | 2 | {9 * layer['layers']} | 0 |"
+        f"| vim_micro | none | 2 | {8 * layer['layers']} | 0 |"
     )  # type: ignore[operator]
 
 
