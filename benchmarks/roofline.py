@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ouro_compiler.kernels.grouping import split
 from ouro_compiler.kernels.launch import Launch
-from ouro_compiler.kernels.spec import Template
+from ouro_compiler.kernels.spec import Epilogue, Template
 
 BETWEEN_LAUNCHES = 1.5e-6  # seconds between kernels of a CUDA graph: an assumption
 CYCLES_A_STEP = 200  # of a scan, 150 to 250 by the length of its chain of instructions
@@ -103,10 +103,12 @@ def _work(launch: Launch) -> Work:
     if spec.template is Template.LINEAR:
         rows = launch.args[0].shape[0] * spec["LENGTH"]
         lists = launch.args[4]
+        activations = len({*spec.epilogue} - {Epilogue.BIAS, Epilogue.RESIDUAL})
         return Work(
             bytes=moved - lists.numel() * lists.element_size(),
             int8=2 * rows * spec["COLUMNS"] * spec["OUTPUTS"],
             fp32=EPILOGUE_OPS * rows * spec["OUTPUTS"],
+            exponentials=activations * rows * spec["OUTPUTS"],
         )
     elements = launch.args[0].numel()
     constants = dict(spec.constants)

@@ -40,6 +40,8 @@ class Epilogue(str, Enum):
     BIAS = "bias"
     SILU = "silu"
     SOFTPLUS = "softplus"
+    GELU = "gelu"
+    GELU_TANH = "gelu_tanh"
     RESIDUAL = "residual"
 
 

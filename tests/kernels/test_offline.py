@@ -89,7 +89,7 @@ def test_linear(
 
 @pytest.mark.parametrize("arch", [80, 90])
 def test_linear_with_every_epilogue(arch: int) -> None:
-    for activation in ("silu", "softplus"):
+    for activation in ("silu", "softplus", "gelu", "gelu_tanh"):
         launches = recorded(
             lambda activation=activation: linear_case(  # type: ignore[misc]
                 384, 768, packed=True, outlier_bits=8, activation=activation, residual=True

@@ -21,3 +21,13 @@ def softplus(x):
     # log(1 + e) loses the digits of a small e: the series keeps them.
     log1p = tl.where(e < 0.0078125, e * (1.0 - e * (0.5 - e * 0.33333334)), tl.log(1.0 + e))
     return tl.maximum(x, 0.0) + log1p
+
+
+@triton.jit
+def gelu(x):
+    return 0.5 * x * (1.0 + tl.erf(x * 0.70710678))
+
+
+@triton.jit
+def gelu_tanh(x):
+    return x / (1.0 + tl.exp(-1.5957691 * (x + 0.044715 * x * x * x)))
