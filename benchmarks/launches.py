@@ -91,7 +91,7 @@ def measure(name: str, ssm: str, batches: list[int]) -> Iterator[list[Row]]:
 
 
 def last_layer(schedule: Schedule) -> list[Launch]:
-    """The launches from the last fused norm to the call behind the layers."""
+    """The launches from the last fused norm to the norm behind the layers."""
     steps = schedule.steps
     norms = [
         index
@@ -100,7 +100,7 @@ def last_layer(schedule: Schedule) -> list[Launch]:
     ]
     found: list[Launch] = []
     for step in steps[norms[-1] :]:
-        if not isinstance(step, Launch):
+        if not isinstance(step, Launch) or step.spec.template is Template.ADD_NORM:
             break
         found.append(step)
     return found

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.registry import Row, suite
-from ouro_compiler.kernels import linear, quantize, quantized_scan, scan, scan_dynamic_outlier
+from ouro_compiler.kernels import linear, norm, quantize, quantized_scan, scan, scan_dynamic_outlier
 from ouro_compiler.kernels.grouping import join
 from ouro_compiler.kernels.launch import Launch, record_launches
 from ouro_compiler.kernels.offline import compile_ahead, parse_architectures
@@ -161,6 +161,12 @@ def quantizer_cases(channels: int) -> None:
     quantize.gate_sum_quantize(*tokens, 0.5, *_scales(), *static, emit=False)
 
 
+def norm_case(channels: int) -> None:
+    """Launch residual addition and layer norm alone."""
+    x = torch.empty(BATCH, LENGTH, channels)
+    norm.add_norm(x, x, torch.empty(channels), torch.empty(channels), 1e-5, False, True)
+
+
 def conv_case(channels: int) -> None:
     """Launch the convolution alone."""
     scan.causal_conv1d(_tokens(channels), torch.empty(channels, 4), torch.empty(channels), True)
@@ -200,6 +206,8 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     for channels in (192, 384, 768, 1536):
         yield f"K={channels}", _bind(quantizer_cases, channels)
     yield "conv", _bind(conv_case, 384)
+    for channels in (96, 768):
+        yield f"norm K={channels}", _bind(norm_case, channels)
 
 
 def group_cases() -> Iterator[tuple[str, Launch]]:

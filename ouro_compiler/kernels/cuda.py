@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ouro_compiler.kernels import linear, quantize, quantized_scan, scan, scan_dynamic_outlier
+from ouro_compiler.kernels import linear, norm, quantize, quantized_scan, scan, scan_dynamic_outlier
 from ouro_compiler.kernels.dispatch import Implementation, register
 from ouro_compiler.ops import fused
 from ouro_compiler.ops.causal_conv1d import causal_conv1d_ref
 from ouro_compiler.ops.linear import linear_dynamic_outlier_ref
+from ouro_compiler.ops.norm import add_norm_ref
 from ouro_compiler.ops.quantize import (
     dequantize_dynamic_outlier_ref,
     quantize_dynamic_outlier_ref,
@@ -26,6 +27,10 @@ from ouro_compiler.ops.selective_scan import selective_scan_implementation
 
 def _refuse_rows(x: Tensor, *_args: Any) -> str | None:
     return quantize.refuse_row(x, x.shape[2])
+
+
+def _refuse_norm(x: Tensor, *_args: Any) -> str | None:
+    return quantize.refuse_row(x, x.shape[-1])
 
 
 def _refuse_channels(x: Tensor, *_args: Any) -> str | None:
@@ -55,6 +60,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "dequantize_dynamic_outlier": Implementation(
         quantize.dequantize_dynamic_outlier, dequantize_dynamic_outlier_ref, _refuse_dequantize
     ),
+    "add_norm": Implementation(norm.add_norm, add_norm_ref, _refuse_norm),
     "add_norm_quantize": Implementation(
         quantize.add_norm_quantize, fused.add_norm_quantize_ref, _refuse_rows
     ),

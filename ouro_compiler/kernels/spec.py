@@ -14,6 +14,7 @@ class Template(str, Enum):
 
     QUANTIZE = "quantize_dynamic_outlier"
     DEQUANTIZE = "dequantize_dynamic_outlier"
+    ADD_NORM = "add_norm"
     ADD_NORM_QUANTIZE = "add_norm_quantize"
     CONV_QUANTIZE = "causal_conv1d_quantize"
     GATE_SUM_QUANTIZE = "gate_sum_quantize"
@@ -24,7 +25,6 @@ class Template(str, Enum):
     QUANTIZED_SCAN = "quantized_selective_scan"
     # C++ only
     QUANTIZE_STATIC = "quantize_static_outlier"
-    ADD_NORM = "add_norm"
     CROSS_SCAN = "cross_scan"
     CROSS_MERGE = "cross_merge"
     DEQUANTIZE_WEIGHT = "dequantize_weight"

@@ -90,7 +90,7 @@ def _only_user(node: fx.Node) -> fx.Node | None:
 
 
 def _activation_of(node: fx.Node) -> str | None:
-    """What the epilogue calls SiLU, either GELU, and softplus of the default slope and threshold."""
+    """What the epilogue calls SiLU, either GELU, or softplus of default slope and threshold."""
     if is_op(node, aten.gelu.default):
         return "gelu" if argument(node, "approximate") == "none" else "gelu_tanh"
     plain = is_op(node, *_ACTIVATIONS) and len(node.args) == 1 and not node.kwargs

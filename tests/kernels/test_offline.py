@@ -18,6 +18,7 @@ import torch
 from benchmarks.offline import (
     conv_case,
     linear_case,
+    norm_case,
     other_direction,
     quantized_scan_case,
     quantizer_cases,
@@ -139,6 +140,13 @@ def test_scan_variants_and_conv(arch: int) -> None:
         found = compiled(recorded(lambda options=options: scan_case(384, 16, **options)), arch)  # type: ignore[misc]
         assert found[0].registers <= 96
     assert compiled(recorded(lambda: conv_case(384)), arch)[0].registers <= 96
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_norm(arch: int) -> None:
+    for channels in (96, 768):
+        (found,) = compiled(recorded(lambda channels=channels: norm_case(channels)), arch)  # type: ignore[misc]
+        assert found.registers <= 128
 
 
 @pytest.mark.parametrize(("states", "loop"), [(16, 168), (8, 112), (1, 59)])
