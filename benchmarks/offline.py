@@ -17,7 +17,15 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.registry import Row, suite
-from ouro_compiler.kernels import linear, norm, quantize, quantized_scan, scan, scan_dynamic_outlier
+from ouro_compiler.kernels import (
+    depthwise_conv,
+    linear,
+    norm,
+    quantize,
+    quantized_scan,
+    scan,
+    scan_dynamic_outlier,
+)
 from ouro_compiler.kernels.grouping import join
 from ouro_compiler.kernels.launch import Launch, record_launches
 from ouro_compiler.kernels.offline import compile_ahead, parse_architectures
@@ -172,6 +180,13 @@ def conv_case(channels: int) -> None:
     scan.causal_conv1d(_tokens(channels), torch.empty(channels, 4), torch.empty(channels), True)
 
 
+def depthwise_case(channels: int, *places: int) -> None:
+    """Launch a depthwise convolution of three taps a side, with SiLU, on tokens or maps."""
+    x = torch.empty(BATCH, *places, channels).movedim(-1, 1)
+    weight = torch.empty(channels, 1, *(3,) * len(places))
+    depthwise_conv.depthwise_conv(x, weight, torch.empty(channels), True)
+
+
 def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     """(name, function that launches) for every row of the suite."""
     for inputs, outputs, what in (
@@ -208,6 +223,8 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     yield "conv", _bind(conv_case, 384)
     for channels in (96, 768):
         yield f"norm K={channels}", _bind(norm_case, channels)
+    yield "conv VMamba-T", _bind(depthwise_case, 96, 56, 56)
+    yield "conv MambaVision-T", _bind(depthwise_case, 160, 196)
 
 
 def group_cases() -> Iterator[tuple[str, Launch]]:

@@ -122,7 +122,8 @@ def _work(launch: Launch) -> Work:
             exponentials=states + soft + gate,
             steps=spec["LENGTH"],
         )
-    operations = 2 * constants.get("TAPS", 0) + NORM_OPS * ("RMS" in constants)
+    taps = constants.get("TAPS", 0) + constants.get("TAPS_H", 0) * constants.get("TAPS_W", 0)
+    operations = 2 * taps + NORM_OPS * ("RMS" in constants)
     if "INLIER_BITS" in constants:
         operations += QUANTIZER_OPS
     gates = constants.get("SILU", 0) + constants.get("HAS_Z", 0)

@@ -10,10 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ouro_compiler.kernels import linear, norm, quantize, quantized_scan, scan, scan_dynamic_outlier
+from ouro_compiler.kernels import (
+    depthwise_conv,
+    linear,
+    norm,
+    quantize,
+    quantized_scan,
+    scan,
+    scan_dynamic_outlier,
+)
 from ouro_compiler.kernels.dispatch import Implementation, register
 from ouro_compiler.ops import fused
 from ouro_compiler.ops.causal_conv1d import causal_conv1d_ref
+from ouro_compiler.ops.depthwise_conv import depthwise_conv_ref
 from ouro_compiler.ops.linear import linear_dynamic_outlier_ref
 from ouro_compiler.ops.norm import add_norm_ref
 from ouro_compiler.ops.quantize import (
@@ -39,6 +48,10 @@ def _refuse_channels(x: Tensor, *_args: Any) -> str | None:
 
 def _refuse_conv(x: Tensor, *_args: Any) -> str | None:
     return quantize.refuse_row(x, 1)
+
+
+def _refuse_depthwise(x: Tensor, weight: Tensor, *_args: Any) -> str | None:
+    return quantize.refuse_row(x, 1) or depthwise_conv.refuse_depthwise_conv(weight)
 
 
 def _refuse_dequantize(*args: Any) -> str | None:
@@ -74,6 +87,9 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
         linear.linear_dynamic_outlier, linear_dynamic_outlier_ref, _refuse_linear
     ),
     "causal_conv1d": Implementation(scan.causal_conv1d, causal_conv1d_ref, _refuse_conv),
+    "depthwise_conv": Implementation(
+        depthwise_conv.depthwise_conv, depthwise_conv_ref, _refuse_depthwise
+    ),
     "selective_scan": Implementation(
         scan.selective_scan, selective_scan_implementation, _refuse_scan
     ),

@@ -20,6 +20,7 @@ class Template(str, Enum):
     GATE_SUM_QUANTIZE = "gate_sum_quantize"
     LINEAR = "linear_dynamic_outlier"
     CONV = "causal_conv1d"
+    DEPTHWISE_CONV = "depthwise_conv"
     SCAN = "selective_scan"
     SCAN_DYNAMIC_OUTLIER = "selective_scan_dynamic_outlier"
     QUANTIZED_SCAN = "quantized_selective_scan"

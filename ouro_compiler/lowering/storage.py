@@ -19,6 +19,7 @@ _UPCASTING = frozenset(
         "add_norm",
         "add_norm_quantize",
         "causal_conv1d_quantize",
+        "depthwise_conv",
         "dequantize_dynamic_outlier",
         "dequantize_weight",
         "fake_quantize",

@@ -71,14 +71,14 @@ def differentiate_by_reference(name: str, reference: Callable[..., Any]) -> None
 
 
 def empty_token_major(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """An uninitialised (B, D, L) tensor whose memory is laid out as (B, L, D)."""
-    batch, channels, length = like.shape
-    return like.new_empty((batch, length, channels), dtype=dtype).transpose(1, 2)
+    """An uninitialised (B, D, L) tensor whose memory is laid out as (B, L, D); or (B, D, H, W)."""
+    batch, channels, *places = like.shape
+    return like.new_empty((batch, *places, channels), dtype=dtype).movedim(-1, 1)
 
 
 def as_token_major(x: Tensor) -> Tensor:
-    """Values of `x` (B, D, L) in memory laid out as (B, L, D): a copy only where needed."""
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
+    """Values of `x` (B, D, ...) in memory laid out as (B, ..., D): a copy only where needed."""
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def computing_dtype(x: Tensor) -> torch.dtype:

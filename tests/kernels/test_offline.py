@@ -17,6 +17,7 @@ import torch
 
 from benchmarks.offline import (
     conv_case,
+    depthwise_case,
     linear_case,
     norm_case,
     other_direction,
@@ -140,6 +141,9 @@ def test_scan_variants_and_conv(arch: int) -> None:
         found = compiled(recorded(lambda options=options: scan_case(384, 16, **options)), arch)  # type: ignore[misc]
         assert found[0].registers <= 96
     assert compiled(recorded(lambda: conv_case(384)), arch)[0].registers <= 96
+    for case in ((96, 56, 56), (160, 196)):
+        launches = recorded(lambda case=case: depthwise_case(*case))  # type: ignore[misc]
+        assert compiled(launches, arch)[0].registers <= 128
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
