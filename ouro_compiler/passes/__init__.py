@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ouro_compiler.passes.base import Pass
 from ouro_compiler.passes.cancel_slices import cancel_slices
+from ouro_compiler.passes.fold_batch_norm import fold_batch_norm
 from ouro_compiler.passes.fold_constants import fold_constants
 from ouro_compiler.passes.fold_delta_bias import fold_delta_bias
 from ouro_compiler.passes.fuse_conv_silu import fuse_conv_silu
@@ -47,6 +48,7 @@ INSERT: tuple[Pass, ...] = (
 QUANTIZE: tuple[Pass, ...] = (
     *INSERT,  # from here on the graph computes in floating point what it will in integers
     fuse_conv_silu,  # after INSERT: recipes may quantize between the two
+    fold_batch_norm,  # likewise; a weight of one scale loses what a norm did to single channels
     fuse_dequantize_epilogue,  # reads what the first pass wrote
     fuse_quantize_prologue,  # which values must be emitted shows once no linear dequantizes
     fuse_dequantize_scan,  # last: the pass before takes gates out of plain scans
