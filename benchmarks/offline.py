@@ -19,7 +19,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks.registry import Row, suite
 from ouro_compiler.kernels import (
     cross_merge,
+    depthwise_conv,
     linear,
+    norm,
     quantize,
     quantized_scan,
     scan,
@@ -184,9 +186,22 @@ def map_cases(channels: int) -> None:
     cross_merge.cross_merge_norm_quantize(*orders, *norm)
 
 
+def norm_case(channels: int) -> None:
+    """Launch residual addition and layer norm alone."""
+    x = torch.empty(BATCH, LENGTH, channels)
+    norm.add_norm(x, x, torch.empty(channels), torch.empty(channels), 1e-5, False, True)
+
+
 def conv_case(channels: int) -> None:
     """Launch the convolution alone."""
     scan.causal_conv1d(_tokens(channels), torch.empty(channels, 4), torch.empty(channels), True)
+
+
+def depthwise_case(channels: int, *places: int) -> None:
+    """Launch a depthwise convolution of three taps a side, with SiLU, on tokens or maps."""
+    x = torch.empty(BATCH, *places, channels).movedim(-1, 1)
+    weight = torch.empty(channels, 1, *(3,) * len(places))
+    depthwise_conv.depthwise_conv(x, weight, torch.empty(channels), True)
 
 
 def cases() -> Iterator[tuple[str, Callable[[], None]]]:
@@ -225,6 +240,10 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     for channels in (96, 768):
         yield f"map K={channels}", _bind(map_cases, channels)
     yield "conv", _bind(conv_case, 384)
+    for channels in (96, 768):
+        yield f"norm K={channels}", _bind(norm_case, channels)
+    yield "conv VMamba-T", _bind(depthwise_case, 96, 56, 56)
+    yield "conv MambaVision-T", _bind(depthwise_case, 160, 196)
 
 
 def group_cases() -> Iterator[tuple[str, Launch]]:

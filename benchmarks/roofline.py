@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ouro_compiler.kernels.grouping import split
 from ouro_compiler.kernels.launch import Launch
-from ouro_compiler.kernels.spec import Template
+from ouro_compiler.kernels.spec import Epilogue, Template
 
 BETWEEN_LAUNCHES = 1.5e-6  # seconds between kernels of a CUDA graph: an assumption
 CYCLES_A_STEP = 200  # of a scan, 150 to 250 by the length of its chain of instructions
@@ -103,10 +103,12 @@ def _work(launch: Launch) -> Work:
     if spec.template is Template.LINEAR:
         rows = launch.args[0].shape[0] * spec["LENGTH"]
         lists = launch.args[4]
+        activations = len({*spec.epilogue} - {Epilogue.BIAS, Epilogue.RESIDUAL})
         return Work(
             bytes=moved - lists.numel() * lists.element_size(),
             int8=2 * rows * spec["COLUMNS"] * spec["OUTPUTS"],
             fp32=EPILOGUE_OPS * rows * spec["OUTPUTS"],
+            exponentials=activations * rows * spec["OUTPUTS"],
         )
     if spec.template is Template.QUANTIZING_LINEAR:
         tokens = launch.args[0].shape[0] * spec["LENGTH"]
@@ -129,7 +131,8 @@ def _work(launch: Launch) -> Work:
             exponentials=states + soft + gate,
             steps=spec["LENGTH"],
         )
-    operations = 2 * constants.get("TAPS", 0) + NORM_OPS * ("RMS" in constants)
+    taps = constants.get("TAPS", 0) + constants.get("TAPS_H", 0) * constants.get("TAPS_W", 0)
+    operations = 2 * taps + NORM_OPS * ("RMS" in constants)
     if "INLIER_BITS" in constants:
         operations += QUANTIZER_OPS
     gates = constants.get("SILU", 0) + constants.get("HAS_Z", 0)

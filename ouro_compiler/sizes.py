@@ -17,6 +17,7 @@ _OURO = torch.ops.ouro
 _CONVOLUTIONS = (
     _OURO.causal_conv1d.default,
     _OURO.causal_conv1d_quantize.default,
+    _OURO.depthwise_conv.default,
     aten.conv1d.default,
     aten.conv2d.default,
     aten.conv1d.padding,

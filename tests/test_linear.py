@@ -36,6 +36,8 @@ ACTIVATIONS = {
     "none": lambda y: y,
     "silu": functional.silu,
     "softplus": functional.softplus,
+    "gelu": functional.gelu,
+    "gelu_tanh": lambda y: functional.gelu(y, approximate="tanh"),
 }
 
 
@@ -316,7 +318,7 @@ def test_batch_invariance(columns: int, reverse: bool) -> None:
     _assert_op_is_batch_invariant(given)
 
 
-@pytest.mark.parametrize("activation", ["silu", "softplus"])
+@pytest.mark.parametrize("activation", ["silu", "softplus", "gelu", "gelu_tanh"])
 def test_batch_invariance_of_activations(activation: str) -> None:
     _assert_op_is_batch_invariant({**_problem(96, batch=31), "activation": activation})
 
@@ -390,9 +392,9 @@ def test_dequantize_weight_refuses_an_int8_weight_of_another_width() -> None:
 def test_refuses_an_unknown_activation() -> None:
     with pytest.raises(
         ValueError,
-        match=r"linear_dynamic_outlier: activation 'gelu' is none of none, silu, softplus",
+        match=r"linear_dynamic_outlier: activation 'relu' is none of none, silu, softplus, gelu,",
     ):
-        op(**{**_problem(), "activation": "gelu"})
+        op(**{**_problem(), "activation": "relu"})
 
 
 def test_refuses_a_weight_of_another_width() -> None:

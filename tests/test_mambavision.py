@@ -22,9 +22,10 @@ from ouro_compiler.models.mambavision import (
     MambaVisionMixer,
     mambavision_tiny,
 )
+from ouro_compiler.passes.fold_batch_norm import fold_batch_norm
 from ouro_compiler.recipes.planning import Plan
 from tests.helpers import assert_close, mamba_selective_scan_ref, randn
-from tests.passes.graphs import assert_same, calls, count, outputs
+from tests.passes.graphs import assert_same, aten, calls, count, outputs, run
 from tests.passes.graphs import ouro as ops
 
 # 64 pixels: 4x4 tokens in stage 2, in four windows, and 2x2 in stage 3, in one.
@@ -180,6 +181,17 @@ def test_capture_with_a_dynamic_batch(side: int) -> None:
     assert count(gm, ops.selective_scan.default) == 2
     prepare(gm, ouro.W4A4)
     assert_same(outputs(gm, x), outputs(model, x), 1e-5)
+
+
+def test_batch_norms_are_folded_into_convolutions() -> None:
+    """All but the last one, which stands behind attention."""
+    x = randn(0, 2, 3, 64, 64)
+    gm = capture(small(), x)
+    prepare(gm, ouro.W4A4)
+    before = count(gm, aten.batch_norm.default)
+    assert run(gm, fold_batch_norm)
+    assert (before, count(gm, aten.batch_norm.default)) == (7, 1)
+    assert_same(outputs(gm, x), outputs(small(), x), 1e-5)
 
 
 def test_sites() -> None:

@@ -58,6 +58,16 @@ class SiluReadTwice(Tokens):
         return F.silu(y) + 2 * y
 
 
+class WithGelu(Tokens):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.linear(x))
+
+
+class WithTanhGeluAndResidual(Tokens):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + F.gelu(self.linear(x), approximate="tanh")
+
+
 class SteepSoftplus(Tokens):
     def forward(self, x: Tensor) -> Tensor:
         return F.softplus(self.linear(x), beta=2.0)
@@ -162,7 +172,13 @@ def test_directions_reach_the_sites() -> None:
 
 @pytest.mark.parametrize("preset", ["w4a4", "w4a8", "w6a6", "w8a8"])
 @pytest.mark.parametrize("mode", ["none", "static", "dynamic"])
-@pytest.mark.parametrize("model", [Tokens, WithSilu, WithSoftplusAndResidual, SiluReadTwice])
+@pytest.mark.parametrize(
+    "model",
+    [
+        *(Tokens, WithSilu, WithSoftplusAndResidual, SiluReadTwice),
+        *(WithGelu, WithTanhGeluAndResidual),
+    ],
+)
 def test_fused_equals_the_simulation(model: type[Tokens], mode: str, preset: str) -> None:
     config = with_outliers(mode, ouro.PRESETS[preset])
     gm, ctx = inserted(model(), tokens(), config)
@@ -181,6 +197,8 @@ def test_fused_equals_the_simulation(model: type[Tokens], mode: str, preset: str
         (Tokens, "none", False),
         (WithSilu, "silu", False),
         (WithSoftplusAndResidual, "softplus", True),
+        (WithGelu, "gelu", False),
+        (WithTanhGeluAndResidual, "gelu_tanh", True),
         (SiluReadTwice, "none", False),
         (SteepSoftplus, "none", False),
         (BroadcastResidual, "none", False),

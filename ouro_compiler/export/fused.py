@@ -1,4 +1,4 @@
-"""Translations of norms, causal convolutions and gates, alone or ending in a quantizer."""
+"""Translations of norms, depthwise convolutions and gates, alone or ending in a quantizer."""
 
 from __future__ import annotations
 
@@ -114,6 +114,22 @@ def _convolved(emit: Emitter, node: fx.Node) -> str:
         group=int(channels),
     )
     return emit.op("Mul", y, emit.op("Sigmoid", y)) if argument(node, "silu") else y
+
+
+@translates(_OURO.depthwise_conv.default)
+def _depthwise_conv(emit: Emitter, node: fx.Node) -> str:
+    weight, bias = argument(node, "weight"), argument(node, "bias")
+    channels, _, *sizes = value_of(weight).shape
+    y = emit.op(
+        "Conv",
+        emit.real(argument(node, "x")),
+        emit.real(weight),
+        None if bias is None else emit.real(bias),
+        pads=[(one - 1) // 2 for one in sizes] + [one // 2 for one in sizes],
+        group=int(channels),
+    )
+    y = emit.op("Mul", y, emit.op("Sigmoid", y)) if argument(node, "silu") else y
+    return _in_dtype(emit, y, value_of(node))
 
 
 @translates(_OURO.gate_sum_quantize.default)

@@ -147,7 +147,11 @@ def _softplus(emit: Emitter, node: fx.Node) -> str:
 
 @translates(aten.gelu.default)
 def _gelu(emit: Emitter, node: fx.Node) -> str:
-    x, approximate = emit.get(node.args[0]), argument(node, "approximate")
+    return gelu(emit, emit.get(node.args[0]), argument(node, "approximate"))
+
+
+def gelu(emit: Emitter, x: str, approximate: str) -> str:
+    """GELU of a value; approximate as in `aten.gelu`: "none" or "tanh"."""
     if emit.opset >= 20:
         return emit.op("Gelu", x, approximate=approximate)
     if approximate == "tanh":

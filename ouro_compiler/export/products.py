@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from ouro_compiler.errors import ModelError
 from ouro_compiler.export.emitter import Emitter, translates
+from ouro_compiler.export.pointwise import gelu
 from ouro_compiler.export.quantizers import CODE_ZERO
 from ouro_compiler.graph import argument, value_of
 from ouro_compiler.ops.linear import unpacked_weight
@@ -60,6 +61,8 @@ def _epilogue(emit: Emitter, node: fx.Node, y: str) -> str:
         y = emit.op("Mul", y, emit.op("Sigmoid", y))
     elif activation == "softplus":
         y = emit.op("Softplus", y)
+    elif activation in ("gelu", "gelu_tanh"):
+        y = gelu(emit, y, "tanh" if activation == "gelu_tanh" else "none")
     elif activation != "none":
         raise ModelError(f"{node.name}: ONNX export has no activation {activation}")
     if residual is not None:

@@ -23,6 +23,7 @@ _NAMING_OPERAND = {
     "aten.convolution": "weight",
     "ouro.causal_conv1d": "weight",
     "ouro.causal_conv1d_quantize": "weight",
+    "ouro.depthwise_conv": "weight",
     "ouro.linear_dynamic_outlier": "qweight",
     "ouro.quantized_selective_scan": "A",
     "ouro.selective_scan": "A",

@@ -24,6 +24,8 @@ _EPILOGUE = {
     Epilogue.BIAS: "y += tl.load(bias_ptr + out).to(tl.float32)[None, :]",
     Epilogue.SILU: "y = silu(y)",
     Epilogue.SOFTPLUS: "y = softplus(y)",
+    Epilogue.GELU: "y = gelu(y)",
+    Epilogue.GELU_TANH: "y = gelu_tanh(y)",
     Epilogue.RESIDUAL: (
         "y += tl.load(residual_ptr + first_row * OUTPUTS + offs, mask=mask, other=0.0)"
         ".to(tl.float32)"

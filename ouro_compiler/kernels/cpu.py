@@ -8,6 +8,7 @@ from __future__ import annotations
 from ouro_compiler.kernels.cpp import (
     conv,
     conv_backward,
+    depthwise_conv,
     layout,
     linear,
     norm,
@@ -22,6 +23,7 @@ from ouro_compiler.kernels.dispatch import Implementation, register
 from ouro_compiler.ops import cross_scan, fused
 from ouro_compiler.ops.causal_conv1d import causal_conv1d_backward_ref, causal_conv1d_ref
 from ouro_compiler.ops.chunked_scan import selective_scan_backward
+from ouro_compiler.ops.depthwise_conv import depthwise_conv_ref
 from ouro_compiler.ops.linear import dequantize_weight_ref, linear_dynamic_outlier_ref
 from ouro_compiler.ops.norm import add_norm_ref
 from ouro_compiler.ops.patched_scan import patched_scan_backward, patched_scan_implementation
@@ -61,6 +63,9 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "causal_conv1d": Implementation(conv.causal_conv1d, causal_conv1d_ref, conv.refuse_conv),
     "causal_conv1d_quantize": Implementation(
         conv.causal_conv1d_quantize, fused.causal_conv1d_quantize_ref, conv.refuse_conv
+    ),
+    "depthwise_conv": Implementation(
+        depthwise_conv.depthwise_conv, depthwise_conv_ref, depthwise_conv.refuse_depthwise_conv
     ),
     "gate_sum_quantize": Implementation(
         quantize.gate_sum_quantize, fused.gate_sum_quantize_ref, quantize.refuse_gate_sum

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from ouro_compiler.kernels import (
     cross_merge,
+    depthwise_conv,
     linear,
+    norm,
     quantize,
     quantized_scan,
     scan,
@@ -21,7 +23,9 @@ from ouro_compiler.kernels import (
 from ouro_compiler.kernels.dispatch import Implementation, register
 from ouro_compiler.ops import fused
 from ouro_compiler.ops.causal_conv1d import causal_conv1d_ref
+from ouro_compiler.ops.depthwise_conv import depthwise_conv_ref
 from ouro_compiler.ops.linear import linear_dynamic_outlier_ref
+from ouro_compiler.ops.norm import add_norm_ref
 from ouro_compiler.ops.quantize import (
     dequantize_dynamic_outlier_ref,
     quantize_dynamic_outlier_ref,
@@ -43,6 +47,10 @@ def _refuse_conv(x: Tensor, *_args: Any) -> str | None:
     return quantize.refuse_row(x, 1)
 
 
+def _refuse_depthwise(x: Tensor, weight: Tensor, *_args: Any) -> str | None:
+    return quantize.refuse_row(x, 1) or depthwise_conv.refuse_depthwise_conv(weight)
+
+
 def _refuse_dequantize(*args: Any) -> str | None:
     return None if args[5] is None else quantize.refuse_row(args[5], 1)
 
@@ -62,6 +70,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "dequantize_dynamic_outlier": Implementation(
         quantize.dequantize_dynamic_outlier, dequantize_dynamic_outlier_ref, _refuse_dequantize
     ),
+    "add_norm": Implementation(norm.add_norm, add_norm_ref, _refuse_rows),
     "add_norm_quantize": Implementation(
         quantize.add_norm_quantize, fused.add_norm_quantize_ref, _refuse_rows
     ),
@@ -80,6 +89,9 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
         linear.linear_dynamic_outlier, linear_dynamic_outlier_ref, _refuse_linear
     ),
     "causal_conv1d": Implementation(scan.causal_conv1d, causal_conv1d_ref, _refuse_conv),
+    "depthwise_conv": Implementation(
+        depthwise_conv.depthwise_conv, depthwise_conv_ref, _refuse_depthwise
+    ),
     "selective_scan": Implementation(
         scan.selective_scan, selective_scan_implementation, _refuse_scan
     ),

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextvars
 import functools
+import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -130,6 +131,27 @@ def places(x: Tensor) -> Places:
     sample, *rows, token, channel = x.stride()
     row, width = (rows[0], x.shape[2]) if rows else (None, 0)
     return Places(sample=sample, row=row, token=token, channel=channel, width=width)
+
+
+def as_tokens(tensor: Tensor, name: str, like: Tensor | None = None) -> Tensor:
+    """Rows (..., K) seen as some (B, L, K), of any strides; where only a copy is, it is recorded.
+
+    like: what such a form of another operand is; its B and L are taken.
+    """
+    *leading, columns = (1, 1, *tensor.shape)[-max(3, tensor.dim()) :]
+    splits = range(1, len(leading))
+    shapes = [(math.prod(leading[:one]), math.prod(leading[one:]), columns) for one in splits]
+    if like is not None:
+        shapes = [(like.shape[0], like.shape[1], columns)]
+    for shape in shapes:
+        with suppress(RuntimeError):  # no strides describe it so
+            return tensor.view(shape)
+    return contiguous(tensor, name).view(shapes[0])
+
+
+def row_strides(tokens: Tensor | None) -> tuple[int, ...]:
+    """Strides of (B, L, K); zeros without a tensor."""
+    return (0, 0, 0) if tokens is None else tokens.stride()
 
 
 def _on_device(tensor: Tensor) -> AbstractContextManager[Any]:

@@ -20,7 +20,13 @@ from ouro_compiler.kernels.spec import Epilogue, Template, make_spec
 from ouro_compiler.ops.linear import check
 from ouro_compiler.ops.quantize import KEEP_FLOAT_BITS, window_length
 
-_ACTIVATIONS = {"none": (), "silu": (Epilogue.SILU,), "softplus": (Epilogue.SOFTPLUS,)}
+_ACTIVATIONS = {
+    "none": (),
+    "silu": (Epilogue.SILU,),
+    "softplus": (Epilogue.SOFTPLUS,),
+    "gelu": (Epilogue.GELU,),
+    "gelu_tanh": (Epilogue.GELU_TANH,),
+}
 _COLUMNS_A_STEP = 32  # outlier columns: the smallest K of an int8 matrix instruction
 _WORDS_A_STEP = 256  # when listing: up to 1024 columns are one step
 

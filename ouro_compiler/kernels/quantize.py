@@ -14,6 +14,7 @@ from ouro_compiler.kernels.launch import (
     next_power_of_2,
     places,
     quantizer_warps,
+    row_strides,
 )
 from ouro_compiler.kernels.spec import KernelSpec, Template, make_spec
 from ouro_compiler.ops.causal_conv1d import check as check_conv
@@ -157,12 +158,10 @@ def add_norm_quantize(
     reverse: bool,
     emit: bool,
 ) -> tuple[Tensor, ...]:
-    """`add_norm_quantize_ref` by kernel."""
+    """`add_norm_quantize_ref` by kernel; x and residual (B, L, K) may have any strides."""
     check_norm(x, residual, weight, bias)
     _check_vectors("add_norm_quantize", x, inlier_scale, threshold)
     _, length, columns = x.shape
-    x = contiguous(x, "x")
-    residual = None if residual is None else contiguous(residual, "residual")
     codes, scale, start = empty_quantized(x, tuple(x.shape), refresh_period)  # type: ignore[arg-type]
     value = x.new_empty(x.shape if emit else 0)
     total = x.new_empty(x.shape, dtype=residual_dtype(x, residual, residual_fp32))
@@ -179,7 +178,7 @@ def add_norm_quantize(
     )
     inputs = (x, residual, weight, bias, inlier_scale, threshold)
     outputs = (codes, scale, start, value if emit else None, total)
-    launch(spec, window_grid(start), *inputs, *outputs, eps)
+    launch(spec, window_grid(start), *inputs, *outputs, eps, *x.stride(), *row_strides(residual))
     return codes, scale, start, value, total
 
 

@@ -14,19 +14,20 @@ class Template(str, Enum):
 
     QUANTIZE = "quantize_dynamic_outlier"
     DEQUANTIZE = "dequantize_dynamic_outlier"
+    ADD_NORM = "add_norm"
     ADD_NORM_QUANTIZE = "add_norm_quantize"
     CROSS_MERGE_QUANTIZE = "cross_merge_norm_quantize"
     CONV_QUANTIZE = "causal_conv1d_quantize"
     GATE_SUM_QUANTIZE = "gate_sum_quantize"
     LINEAR = "linear_dynamic_outlier"
     CONV = "causal_conv1d"
+    DEPTHWISE_CONV = "depthwise_conv"
     SCAN = "selective_scan"
     SCAN_DYNAMIC_OUTLIER = "selective_scan_dynamic_outlier"
     QUANTIZED_SCAN = "quantized_selective_scan"
     QUANTIZING_LINEAR = "quantizing_linear"  # two launches as one
     # C++ only
     QUANTIZE_STATIC = "quantize_static_outlier"
-    ADD_NORM = "add_norm"
     CROSS_SCAN = "cross_scan"
     CROSS_MERGE = "cross_merge"
     DEQUANTIZE_WEIGHT = "dequantize_weight"
@@ -42,6 +43,8 @@ class Epilogue(str, Enum):
     BIAS = "bias"
     SILU = "silu"
     SOFTPLUS = "softplus"
+    GELU = "gelu"
+    GELU_TANH = "gelu_tanh"
     RESIDUAL = "residual"
 
 

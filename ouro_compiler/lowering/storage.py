@@ -20,6 +20,7 @@ _UPCASTING = frozenset(
         "add_norm_quantize",
         "causal_conv1d_quantize",
         "cross_merge_norm_quantize",
+        "depthwise_conv",
         "dequantize_dynamic_outlier",
         "dequantize_weight",
         "fake_quantize",

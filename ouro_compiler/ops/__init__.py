@@ -5,6 +5,7 @@ import torch
 from ouro_compiler.ops import (  # noqa: F401  (imported for registration)
     causal_conv1d,
     cross_scan,
+    depthwise_conv,
     fake_quantize,
     fused,
     linear,

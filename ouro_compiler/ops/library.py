@@ -83,9 +83,15 @@ def empty_token_major(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return like.new_empty((batch, length, channels), dtype=dtype).transpose(1, 2)
 
 
+def empty_channels_last(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised tensor like (B, D, L) or (B, D, H, W) with channels last in memory."""
+    batch, channels, *places = like.shape
+    return like.new_empty((batch, *places, channels), dtype=dtype).movedim(-1, 1)
+
+
 def as_token_major(x: Tensor) -> Tensor:
-    """Values of `x` (B, D, L) in memory laid out as (B, L, D): a copy only where needed."""
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
+    """Values of `x` (B, D, ...) in memory laid out as (B, ..., D): a copy only where needed."""
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def computing_dtype(x: Tensor) -> torch.dtype:

@@ -17,13 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ouro_compiler.ops.activations import silu, softplus
+from ouro_compiler.ops.activations import gelu, gelu_tanh, silu, softplus
 from ouro_compiler.ops.library import define_op, reject
 from ouro_compiler.ops.packing import unpack_int4_ref
 from ouro_compiler.ops.quantize import KEEP_FLOAT_BITS, dequantize_codes, listed_mask
 
 NAME = "linear_dynamic_outlier"
-ACTIVATIONS = {"none": lambda y: y, "silu": silu, "softplus": softplus}
+ACTIVATIONS = {
+    "none": lambda y: y,
+    "silu": silu,
+    "softplus": softplus,
+    "gelu": gelu,
+    "gelu_tanh": gelu_tanh,
+}
 
 
 def int_matmul(a: Tensor, b: Tensor) -> Tensor:

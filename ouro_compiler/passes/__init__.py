@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from ouro_compiler.passes.base import Pass
 from ouro_compiler.passes.cancel_slices import cancel_slices
+from ouro_compiler.passes.fold_batch_norm import fold_batch_norm
 from ouro_compiler.passes.fold_constants import fold_constants
 from ouro_compiler.passes.fold_delta_bias import fold_delta_bias
+from ouro_compiler.passes.fuse_conv_silu import fuse_conv_silu
 from ouro_compiler.passes.fuse_cross_merge import fuse_cross_merge
 from ouro_compiler.passes.fuse_delta_softplus import fuse_delta_softplus
 from ouro_compiler.passes.fuse_dequantize_epilogue import fuse_dequantize_epilogue
@@ -19,6 +21,7 @@ from ouro_compiler.passes.normalize_linear import normalize_linear
 from ouro_compiler.passes.quantize_heads import quantize_heads
 from ouro_compiler.passes.quantize_recurrence import quantize_recurrence
 from ouro_compiler.passes.raise_causal_conv1d import raise_causal_conv1d
+from ouro_compiler.passes.raise_depthwise_conv import raise_depthwise_conv
 from ouro_compiler.passes.raise_norm import raise_norm
 from ouro_compiler.passes.raise_scan_operator import raise_scan_operator
 from ouro_compiler.passes.raise_selective_scan import raise_selective_scan
@@ -37,6 +40,7 @@ NORMALIZE: tuple[Pass, ...] = (
     fold_constants,  # reshaped weights and A = -exp(A_log) become constants
     fold_delta_bias,  # needs the linear behind delta
     raise_causal_conv1d,  # before flips: they turn its direction, not that of pad + conv + slice
+    raise_depthwise_conv,  # what looks ahead too; after normalize_linear took one tap
     raise_norm,
     fuse_direction_flips,  # late: it walks through the ops that the passes above made
     share_views,  # last: views on either side of a dropped flip have become equal
@@ -49,6 +53,8 @@ INSERT: tuple[Pass, ...] = (
 )
 QUANTIZE: tuple[Pass, ...] = (
     *INSERT,  # from here on the graph computes in floating point what it will in integers
+    fuse_conv_silu,  # after INSERT: recipes may quantize between the two
+    fold_batch_norm,  # likewise; a weight of one scale loses what a norm did to single channels
     fuse_dequantize_epilogue,  # reads what the first pass wrote
     fuse_delta_softplus,  # needs the product behind delta
     fuse_quantize_prologue,  # which values must be emitted shows once no linear dequantizes

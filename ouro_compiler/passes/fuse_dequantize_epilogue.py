@@ -1,7 +1,7 @@
 """fuse_dequantize_epilogue: products on integer codes instead of on dequantized values.
 
-    linear(dequantize(codes, ...), dequantize_weight(qweight), bias)  [-> silu | softplus]  [-> +
-    residual]
+    linear(dequantize(codes, ...), dequantize_weight(qweight), bias)
+        [-> silu | softplus | gelu]  [-> + residual]
 becomes one `ouro::linear_dynamic_outlier`. The activation is taken in only if nothing else reads
 the linear's result; the residual only if it has exactly the result's shape and dtype. Left alone:
 asymmetric activations or weights, and a linear with only one of the two quantized.
@@ -59,8 +59,8 @@ def _fuse(gm: fx.GraphModule, linear: fx.Node) -> None:
     qweight, weight_scale, *_ = all_arguments(weight)  # type: ignore[arg-type]
     last, activation = linear, "none"
     follower = _only_user(last)
-    if follower is not None and _is_plain_activation(follower):
-        last, activation = follower, _ACTIVATIONS[follower.target]  # type: ignore[index]
+    if follower is not None and (found := _activation_of(follower)) is not None:
+        last, activation = follower, found
     residual = None
     follower = _only_user(last)
     if follower is not None and (other := _residual_of(follower, last)) is not None:
@@ -89,9 +89,12 @@ def _only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def _is_plain_activation(node: fx.Node) -> bool:
-    """SiLU, or softplus with its default slope and threshold."""
-    return is_op(node, *_ACTIVATIONS) and len(node.args) == 1 and not node.kwargs
+def _activation_of(node: fx.Node) -> str | None:
+    """What the epilogue calls SiLU, either GELU, or softplus of default slope and threshold."""
+    if is_op(node, aten.gelu.default):
+        return "gelu" if argument(node, "approximate") == "none" else "gelu_tanh"
+    plain = is_op(node, *_ACTIVATIONS) and len(node.args) == 1 and not node.kwargs
+    return _ACTIVATIONS[node.target] if plain else None  # type: ignore[index]
 
 
 def _residual_of(add: fx.Node, result: fx.Node) -> fx.Node | None:

@@ -54,6 +54,7 @@ _READERS: Mapping[Any, _Reader] = {
         (("rows", "rows_back", "columns", "columns_back"),), (3,)
     ),
     _OURO.causal_conv1d.default: _Reader((("x",),), None),
+    _OURO.depthwise_conv.default: _Reader((("x",),), None),
     _OURO.causal_conv1d_quantize.default: _Reader((("x",),), (3,)),
     _OURO.gate_sum_quantize.default: _Reader((("y", "other", "z"),), (3,)),
     _OURO.selective_scan.default: _Reader((("u", "z"), ("delta",), ("B", "C")), None),

@@ -47,7 +47,7 @@ from ouro_compiler.recipes.planning import (
     scan_refusal,
 )
 
-_CAUSAL = torch.ops.ouro.causal_conv1d.default
+_DEPTHWISE = (torch.ops.ouro.causal_conv1d.default, torch.ops.ouro.depthwise_conv.default)
 _ADD_NORM = torch.ops.ouro.add_norm.default
 _LINEAR = "weight and output are quantized and dequantized around a floating-point product"
 _CONVOLUTION = "weight and output are quantized and dequantized around a convolution"
@@ -165,4 +165,4 @@ def _activation(node: fx.Node, name: str, scheme: Scheme, config: QuantConfig) -
 
 
 def _is_depthwise(node: fx.Node) -> bool:
-    return is_op(node, _CAUSAL) or int(argument(node, "groups")) > 1
+    return is_op(node, *_DEPTHWISE) or int(argument(node, "groups")) > 1

@@ -29,6 +29,7 @@ from ouro_compiler.report import LayerKind, LayerRow
 SCAN = torch.ops.ouro.selective_scan.default
 CONVOLUTIONS = (
     torch.ops.ouro.causal_conv1d.default,
+    torch.ops.ouro.depthwise_conv.default,
     aten.conv1d.default,
     aten.conv2d.default,
     aten.convolution.default,

@@ -103,7 +103,7 @@ def _weight(proto: onnx.ModelProto) -> TensorProto:
     return found
 
 
-@pytest.mark.parametrize("activation", ["silu", "softplus"])
+@pytest.mark.parametrize("activation", ["silu", "softplus", "gelu", "gelu_tanh"])
 def test_activation_and_residual(activation: str) -> None:
     class Whole(Product):
         def forward(self, x: Tensor) -> Tensor:

@@ -47,6 +47,7 @@ SMALL: dict[str, Function] = {
     "add rms norm": lambda x: sum(OURO.add_norm(x, None, VECTOR, None, 1e-5, True, False)),
     "causal conv": lambda x: OURO.causal_conv1d(x, SQUARE[:4, :3], VECTOR[:4], True, False),
     "reversed conv": lambda x: OURO.causal_conv1d(x, SQUARE[:4, :3], None, False, True),
+    "depthwise conv": lambda x: OURO.depthwise_conv(x, SQUARE[:4, None, :4], VECTOR[:4], True),
     "attention": lambda x: F.scaled_dot_product_attention(x, x.flip(1), x, scale=0.3),
     "masked attention": lambda x: F.scaled_dot_product_attention(x, x, x, SQUARE[:4, :4])
     + F.scaled_dot_product_attention(x, x, x, SQUARE[:4, :4] > -0.5),
@@ -56,6 +57,7 @@ KERNEL = randn(3, 4, 1, 3, 3)
 MAPS: dict[str, Function] = {
     "convolutions": lambda x: F.conv2d(x, KERNEL, groups=4, padding=1, stride=2),
     "same": lambda x: F.conv2d(x, KERNEL[..., :2], VECTOR[:4], groups=4, padding="same"),
+    "depthwise map": lambda x: OURO.depthwise_conv(x, KERNEL[..., :2], None, False),
     "batch norm": lambda x: F.batch_norm(x, VECTOR[:4], VECTOR[:4].square(), eps=1e-3),
     "pooling": lambda x: (
         F.max_pool2d(x, 2) + F.avg_pool2d(x, 3, 2, 1) + F.adaptive_avg_pool2d(x, 1)

@@ -19,7 +19,7 @@ from tests.kernels.inputs import SHAPES, activation, assert_equal, on
 pytestmark = pytest.mark.usefixtures("poisoned")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ROUNDING = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-ACTIVATIONS = ("none", "silu", "softplus")
+ACTIVATIONS = ("none", "silu", "softplus", "gelu", "gelu_tanh")
 
 
 def problem(
@@ -45,7 +45,7 @@ def problem(
         "weight_scale": torch.rand(outputs if index % 4 else 1, generator=made) * 0.1 + 0.01,
         "bias": randn(index, outputs) if index % 2 else None,
         "residual": randn(index, batch, length, outputs).to(dtype) if index % 3 else None,
-        "activation": ACTIVATIONS[index % 3],
+        "activation": ACTIVATIONS[index % 5],
         "inlier_bits": ints[0],
         "outlier_bits": ints[1],
         "refresh_period": ints[2],

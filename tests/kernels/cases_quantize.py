@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from ouro_compiler.kernels import norm
 from ouro_compiler.kernels import quantize as kernels
 from ouro_compiler.ops import fused
+from ouro_compiler.ops.norm import add_norm_ref
 from ouro_compiler.ops.quantize import (
     dequantize_dynamic_outlier_ref,
     listed_mask,
@@ -132,6 +134,28 @@ def assert_fused(
         assert_close(ours.cpu(), theirs.to(ours.dtype), ROUNDING[ours.dtype])
 
 
+def in_channels_first(tokens: Tensor) -> Tensor:
+    """The same (B, L, K), as a flattened map (B, K, H, W) is seen."""
+    return tokens.mT.contiguous().mT
+
+
+@pytest.mark.parametrize("index", range(0, len(SHAPES), 3))
+def test_add_norm(index: int, device: str) -> None:
+    """Rows as vectors, tokens and maps, of any strides."""
+    *shape, _ = SHAPES[index]
+    x, residual = randn(index, *shape).to(DTYPES[index % 2]), randn(index + 1, *shape)
+    weight, bias = randn(1, shape[2]), randn(2, shape[2]) if index % 2 else None
+    front = [x, residual if index % 4 else None]
+    if index % 6 == 0:
+        front = [None if one is None else in_channels_first(one) for one in front]
+    elif index == 9:
+        front = [None if one is None else one.unflatten(1, (5, 2)) for one in front]
+    args = (*front, weight, bias, 1e-5, index % 2 == 1, index % 4 < 2)
+    for ours, theirs in zip(norm.add_norm(*on(device, *args)), add_norm_ref(*args), strict=True):
+        assert ours.is_contiguous()
+        assert_close(ours.cpu(), theirs, ROUNDING[theirs.dtype])
+
+
 @pytest.mark.parametrize("index", FUSED)
 def test_add_norm_quantize(index: int, device: str) -> None:
     *shape, outliers = SHAPES[index]
@@ -141,6 +165,9 @@ def test_add_norm_quantize(index: int, device: str) -> None:
     residual = randn(index + 100, *shape) if index % 3 else None
     rms = index % 2 == 0
     weight, bias = randn(1, shape[2]), None if rms else randn(2, shape[2])
+    x = in_channels_first(x) if index % 5 == 1 else x
+    if residual is not None and index % 5 == 2:
+        residual = in_channels_first(residual)
     front = (x, residual, weight, bias, 1e-5, rms, index % 4 < 2)
     args = (*front, scale, threshold, *ints, True)
     found = kernels.add_norm_quantize(*on(device, *args))

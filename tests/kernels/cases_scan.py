@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from ouro_compiler.kernels.depthwise_conv import depthwise_conv
 from ouro_compiler.kernels.scan import causal_conv1d, selective_scan
 from ouro_compiler.ops.causal_conv1d import causal_conv1d_ref
+from ouro_compiler.ops.depthwise_conv import depthwise_conv_ref
 from ouro_compiler.ops.selective_scan import selective_scan_ref
 from tests.helpers import (
     assert_close,
@@ -127,4 +129,21 @@ def test_conv(
     found = causal_conv1d(*on(device, *args))
     assert_token_major(found)
     expected = causal_conv1d_ref(args[0].float(), *args[1:]).to(dtype)
+    assert_close(found.cpu(), expected, ROUNDING[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("shape", "taps"),
+    [((1, 96, 1), (3,)), ((2, 33, 19), (4,)), ((3, 130, 5, 4), (3, 3)), ((1, 8, 2, 9), (2, 5))],
+)
+def test_depthwise_conv(
+    shape: tuple[int, ...], taps: tuple[int, ...], dtype: torch.dtype, device: str
+) -> None:
+    x = randn(1, *shape).to(dtype)
+    x = x.movedim(1, -1).contiguous().movedim(-1, 1) if shape[0] > 1 else x
+    bias = randn(3, shape[1]) if shape[0] < 3 else None
+    args = (x, randn(2, shape[1], 1, *taps), bias, len(taps) == 2)
+    found, expected = depthwise_conv(*on(device, *args)), depthwise_conv_ref(*args)
+    assert found.movedim(1, -1).is_contiguous()
     assert_close(found.cpu(), expected, ROUNDING[dtype])

@@ -70,6 +70,8 @@ def test_epilogue_comes_in_the_order_given(wanted: list[Epilogue]) -> None:
         "bias_ptr + out": Epilogue.BIAS,
         "y = silu(y)": Epilogue.SILU,
         "y = softplus(y)": Epilogue.SOFTPLUS,
+        "y = gelu(y)": Epilogue.GELU,
+        "y = gelu_tanh(y)": Epilogue.GELU_TANH,
         "residual_ptr + first_row": Epilogue.RESIDUAL,
     }
     lines = [kind for line in body.splitlines() for mark, kind in marks.items() if mark in line]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ouro_compiler.kernels.cpp import conv, norm
 from ouro_compiler.kernels.cpp import quantize as kernels
+from ouro_compiler.kernels.launch import record_launches
 from ouro_compiler.ops import fused
 from ouro_compiler.ops.causal_conv1d import causal_conv1d_ref
 from ouro_compiler.ops.norm import add_norm_ref
@@ -60,12 +61,33 @@ def test_norm(
     bias = randn(4, shape[2]).half() if has_bias else None
     weight = randn(3, shape[2]).to(dtype)
     front = (x, residual if has_residual else None, weight, bias, 1e-5, rms, residual_fp32)
+    maps = tuple(None if one is None else one.mT.contiguous().mT for one in front[:2])
     plain = norm.add_norm(*front)
     assert plain[0].dtype == dtype
     assert_values(plain, add_norm_ref(*front))
     found = norm.add_norm_quantize(*front, scale.half(), threshold, *static, True)
     assert_equal(found[3:], plain)
     assert_codes(found, found[3], scale.half(), threshold, static)
+    assert_equal(norm.add_norm(*maps, *front[2:]), plain)
+    strided = norm.add_norm_quantize(*maps, *front[2:], scale.half(), threshold, *static, True)
+    assert_equal(strided, found)
+
+
+def test_no_strides_are_copied() -> None:
+    """A map seen as tokens; only what no three strides describe is a copy."""
+    x = randn(1, 2, 24, 4, 6)
+    for tokens, copies in (
+        (x.flatten(2).mT, []),
+        (x.permute(0, 2, 3, 1), []),
+        (x.permute(0, 2, 3, 1)[:, :3], []),
+        (x.permute(0, 2, 3, 1)[:, ::3, :5], ["x is copied: it is not contiguous"]),
+    ):
+        residual = randn(2, *tokens.shape)
+        args = (tokens, residual, randn(3, 24), None, 1e-5, False, True)
+        with record_launches() as recording:
+            norm.add_norm(*args)
+        assert recording.copies == copies
+        assert_values(norm.add_norm(*args), add_norm_ref(*args))
 
 
 def test_norm_of_any_number_of_dimensions() -> None:

@@ -134,6 +134,45 @@ def test_does_not_depend_on_threads_or_on_the_batch(outlier_bits: int) -> None:
     assert_batch_invariant(run, *[given[name] for name in names])
 
 
+def activated(values: Tensor, activation: str) -> Tensor:
+    """What the epilogue makes of these values: codes of 0, and the values as a bias."""
+    return linear.linear_dynamic_outlier(
+        *(torch.zeros(1, 1, 2, dtype=torch.int8), torch.ones(1), torch.ones(1, 1)),
+        *(torch.full((1, 1, 2), 255, dtype=torch.uint8), None),
+        *(torch.zeros(len(values), 1, dtype=torch.uint8), torch.ones(1), values, None),
+        *(activation, 4, 8, 10, False),
+    ).flatten()
+
+
+def test_gelu_in_double_precision() -> None:
+    """Its bound, over everything between the values where it is 0 and where it is x."""
+    around = torch.linspace(-12, 12, 200_003)
+    x = torch.cat([around, around * 1e-4, torch.tensor([-1e30, -80.0, 0.0, 80.0, 1e30])])
+    found = activated(x, "gelu").double()
+    exact = 0.5 * x.double() * torch.special.erfc(-x.double() / 2**0.5)
+    assert bool(((found - exact).abs() <= 2e-7 * x.double().abs()).all())
+    assert bool((found[x <= -5.7] == 0).all())
+    assert torch.equal(found[x >= 5.7], x[x >= 5.7].double())
+    assert_close(found, torch.nn.functional.gelu(x.double()), 2e-7)
+
+
+def test_gelu_by_tanh_in_double_precision() -> None:
+    x = torch.cat([torch.linspace(-12, 12, 200_003), torch.tensor([-1e30, 0.0, 1e30])])
+    found = activated(x, "gelu_tanh").double()
+    exact = torch.nn.functional.gelu(x.double(), approximate="tanh")
+    assert bool(((found - exact).abs() <= 2e-7 * x.double().abs()).all())
+
+
+@pytest.mark.parametrize("activation", ["silu", "softplus", "gelu", "gelu_tanh"])
+def test_activations_do_not_depend_on_the_place_and_keep_nan(activation: str) -> None:
+    """Whole panels take another way than what is left of one."""
+    values = torch.cat([torch.randn(75, generator=generator(0)) * 4, torch.tensor([torch.nan])])
+    together = activated(values, activation)
+    assert bool(together[-1].isnan())
+    for count in (1, 9, 40):
+        assert torch.equal(activated(values[:count], activation), together[:count])
+
+
 def test_a_product_that_is_not_exact_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check at first use finds it, and the reference runs from then on."""
     monkeypatch.setattr(cpp_launch, "_failures", {})

@@ -19,8 +19,10 @@ import torch
 from benchmarks.offline import (
     chain_case,
     conv_case,
+    depthwise_case,
     linear_case,
     map_cases,
+    norm_case,
     other_direction,
     quantized_scan_case,
     quantizer_cases,
@@ -163,7 +165,7 @@ def test_every_candidate_of_a_product(projection: str, size: int, arch: int) -> 
 
 @pytest.mark.parametrize("arch", [80, 90])
 def test_linear_with_every_epilogue(arch: int) -> None:
-    for activation in ("silu", "softplus"):
+    for activation in ("silu", "softplus", "gelu", "gelu_tanh"):
         launches = recorded(
             lambda activation=activation: linear_case(  # type: ignore[misc]
                 384, 768, packed=True, outlier_bits=8, activation=activation, residual=True
@@ -241,6 +243,16 @@ def test_scan_variants_and_conv(arch: int) -> None:
         found = compiled(recorded(lambda options=options: scan_case(384, 16, **options)), arch)  # type: ignore[misc]
         assert found[0].registers <= 96
     assert compiled(recorded(lambda: conv_case(384)), arch)[0].registers <= 96
+    for case in ((96, 56, 56), (160, 196)):
+        launches = recorded(lambda case=case: depthwise_case(*case))  # type: ignore[misc]
+        assert compiled(launches, arch)[0].registers <= 128
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_norm(arch: int) -> None:
+    for channels in (96, 768):
+        (found,) = compiled(recorded(lambda channels=channels: norm_case(channels)), arch)  # type: ignore[misc]
+        assert found.registers <= 128
 
 
 @pytest.mark.parametrize(("states", "loop"), [(16, 168), (8, 112), (1, 59)])

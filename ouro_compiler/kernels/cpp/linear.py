@@ -24,7 +24,7 @@ from ouro_compiler.ops.packing import pack_int4_ref
 from ouro_compiler.ops.quantize import KEEP_FLOAT_BITS, listed_mask, window_length
 
 _WORDS, _BYTES, _QUADS = range(3)  # KIND in templates/products.h
-_ACTIVATIONS = {"none": 0, "silu": 1, "softplus": 2}
+_ACTIVATIONS = {"none": 0, "silu": 1, "softplus": 2, "gelu": 3, "gelu_tanh": 4}
 
 
 def refuse_linear(

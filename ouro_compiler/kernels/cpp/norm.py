@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ouro_compiler.kernels.cpp.launch import dtype_code, launch, refuse_dtypes, spec_of
 from ouro_compiler.kernels.cpp.quantize import quantizer, vector
+from ouro_compiler.kernels.launch import as_tokens, row_strides
 from ouro_compiler.kernels.launch import contiguous
 from ouro_compiler.kernels.spec import KernelSpec, Template
 from ouro_compiler.ops.fused import check_cross_merge, empty_quantized
@@ -51,9 +52,10 @@ def _inputs(
         DTYPE_RESIDUAL=dtype_code(total if residual is None else residual),
         DTYPE_TOTAL=dtype_code(total),
     )
+    x = as_tokens(x, "x")
+    residual = None if residual is None else as_tokens(residual, "residual", x)
     operands = (
-        contiguous(x, "x"),
-        None if residual is None else contiguous(residual, "residual"),
+        *(x, *x.stride(), residual, *row_strides(residual)),
         *vector(weight, "weight"),
         *vector(bias, "bias"),
     )
@@ -69,13 +71,13 @@ def add_norm(
     rms: bool,
     residual_fp32: bool,
 ) -> tuple[Tensor, Tensor]:
-    """`add_norm_ref` in C++; x and residual (..., K)."""
+    """`add_norm_ref` in C++; x and residual (..., K) may have any strides."""
     check_norm(x, residual, weight, bias)
     front = (x, residual, weight, bias, eps, rms, residual_fp32)
     spec, total, inputs = _inputs(Template.ADD_NORM, *front)
     y = x.new_empty(x.shape)
-    columns = x.shape[-1]
-    launch(spec, *inputs, y, total, x.numel() // max(1, columns), columns)
+    batch, length, columns = inputs[0].shape
+    launch(spec, *inputs, y, total, batch, length, columns)
     return y, total
 
 
@@ -95,7 +97,7 @@ def add_norm_quantize(
     reverse: bool,
     emit: bool,
 ) -> tuple[Tensor, ...]:
-    """`add_norm_quantize_ref` in C++; x and residual (B, L, K)."""
+    """`add_norm_quantize_ref` in C++; x and residual (B, L, K) may have any strides."""
     check_norm(x, residual, weight, bias)
     bits = (inlier_bits, outlier_bits, refresh_period)
     check_quantize("add_norm_quantize", x, (inlier_scale, threshold), *bits)

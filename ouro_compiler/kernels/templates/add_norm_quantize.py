@@ -3,24 +3,30 @@
 import triton
 import triton.language as tl
 
-from ouro_compiler.kernels.templates.norm import normalised
+from ouro_compiler.kernels.templates.norm import normalise
 from ouro_compiler.kernels.templates.quantizer import encode, list_outliers
 
 
 @triton.jit
 def add_norm_quantize_kernel(
-    x_ptr,  # (B, L, K), contiguous, as all that follow
+    x_ptr,  # (B, L, K)
     residual_ptr,  # (B, L, K), or None
     weight_ptr,  # (K,)
     bias_ptr,  # (K,), or None
     inlier_scale_ptr,  # (L,)
     threshold_ptr,  # (L,)
-    codes_ptr,  # int8 (B, L, K)
+    codes_ptr,  # int8 (B, L, K), contiguous, as all that follow
     outlier_scale_ptr,  # fp32 (B, L)
     outlier_start_ptr,  # (B, J, K)
     value_ptr,  # (B, L, K) in x's dtype, or None
     total_ptr,  # (B, L, K): x + residual
     eps,
+    stride_xb,
+    stride_xl,
+    stride_xk,
+    stride_rb,
+    stride_rl,
+    stride_rk,
     LENGTH: tl.constexpr,
     COLUMNS: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -39,21 +45,26 @@ def add_norm_quantize_kernel(
     offs_k = tl.arange(0, BLOCK_K)
     mask = offs_k < COLUMNS
     weight = tl.load(weight_ptr + offs_k, mask=mask, other=0.0).to(tl.float32)
+    bias = 0.0
     if HAS_BIAS:
         bias = tl.load(bias_ptr + offs_k, mask=mask, other=0.0).to(tl.float32)
+    x_ptr += sample * stride_xb
+    if HAS_RESIDUAL:
+        residual_ptr += sample * stride_rb
     start = tl.full((BLOCK_K,), NEVER, tl.int32)
     for position in range(tl.minimum(WINDOW, LENGTH - window * WINDOW)):
         step = window * WINDOW + position
         token = LENGTH - 1 - step if REVERSE else step
         out = sample * LENGTH + token
         offs = out * COLUMNS + offs_k
-        total = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        place = token.to(tl.int64)
+        ptrs = x_ptr + place * stride_xl + offs_k * stride_xk
+        total = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
         if HAS_RESIDUAL:
-            total += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+            ptrs = residual_ptr + place * stride_rl + offs_k * stride_rk
+            total += tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
         tl.store(total_ptr + offs, total.to(total_ptr.dtype.element_ty), mask=mask)
-        y = normalised(total, mask, eps, COLUMNS, RMS) * weight
-        if HAS_BIAS:
-            y += bias
+        y = normalise(total, weight, bias, mask, eps, COLUMNS, RMS)
         y = y.to(x_ptr.dtype.element_ty)  # what is quantized is what the norm alone would return
         if EMIT:
             tl.store(value_ptr + offs, y, mask=mask)

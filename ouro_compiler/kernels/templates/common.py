@@ -40,3 +40,13 @@ def to_next_token(count, stride_row, stride_token, MAP_WIDTH: tl.constexpr):
         to_row = stride_row - (MAP_WIDTH - 1) * stride_token
         distance = tl.where((count + 1) % MAP_WIDTH == 0, to_row, stride_token)
     return distance
+
+
+@triton.jit
+def gelu(x):
+    return 0.5 * x * (1.0 + tl.erf(x * 0.70710678))
+
+
+@triton.jit
+def gelu_tanh(x):
+    return x / (1.0 + tl.exp(-1.5957691 * (x + 0.044715 * x * x * x)))

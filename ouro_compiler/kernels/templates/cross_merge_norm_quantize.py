@@ -6,7 +6,7 @@ A token of the raster is found in its column by index.
 import triton
 import triton.language as tl
 
-from ouro_compiler.kernels.templates.norm import normalised
+from ouro_compiler.kernels.templates.norm import normalise
 from ouro_compiler.kernels.templates.quantizer import encode, list_outliers
 
 
@@ -47,6 +47,7 @@ def cross_merge_norm_quantize_kernel(
     height: tl.constexpr = LENGTH // MAP_WIDTH
     dtype = rows_ptr.dtype.element_ty
     weight = tl.load(weight_ptr + offs_k, mask=mask, other=0.0).to(tl.float32)
+    bias = 0.0
     if HAS_BIAS:
         bias = tl.load(bias_ptr + offs_k, mask=mask, other=0.0).to(tl.float32)
     start = tl.full((BLOCK_K,), NEVER, tl.int32)
@@ -67,9 +68,7 @@ def cross_merge_norm_quantize_kernel(
             other += tl.load(columns_back_ptr + across, mask=mask, other=0.0).to(tl.float32)
             other = other.to(dtype).to(tl.float32)
         total = (total + other).to(dtype).to(tl.float32)
-        y = normalised(total, mask, eps, COLUMNS, RMS) * weight
-        if HAS_BIAS:
-            y += bias
+        y = normalise(total, weight, bias, mask, eps, COLUMNS, RMS)
         y = y.to(dtype)  # what is quantized is what the norm alone would return
         if EMIT:
             tl.store(value_ptr + offs, y, mask=mask)

@@ -7,7 +7,12 @@ listed at one of the tile's rows. Both are exact. Dequantization and what follow
 import triton
 import triton.language as tl
 
-from ouro_compiler.kernels.templates.common import silu, softplus  # noqa: F401  (epilogue)
+from ouro_compiler.kernels.templates.common import (  # noqa: F401  (epilogue)
+    gelu,
+    gelu_tanh,
+    silu,
+    softplus,
+)
 
 
 @triton.jit

@@ -5,7 +5,7 @@
 #include "products.h"
 
 constexpr bool FLOAT_OUTLIERS = OUTLIER_BITS == 16;
-constexpr int NONE = 0, SILU = 1, SOFTPLUS = 2;
+enum Activation { NONE, SILU, SOFTPLUS, GELU, GELU_TANH };  // their order is kernels/cpp/linear.py's
 
 struct Sums {  // of one row and a panel; outliers and kept are null where nothing is listed
     const int32_t *inliers, *outliers;
@@ -21,6 +21,15 @@ struct Epilogue {
     int64_t residual_dtype, activation;
     stored<DTYPE_Y>* y;
 };
+
+template <int N> static inline void activate(int64_t activation, vec* y) {
+    switch (activation) {
+        case SILU: return silu<N>(y);
+        case SOFTPLUS: return softplus<N>(y);
+        case GELU: return gelu<N>(y);
+        case GELU_TANH: return gelu_tanh<N>(y);
+    }
+}
 
 // Row `row` of a panel, count <= LANES outputs from o on: scales, bias, activation, residual.
 static inline void finish_vector(const Epilogue& e, const Sums& sums, int64_t row,
@@ -40,14 +49,13 @@ static inline void finish_vector(const Epilogue& e, const Sums& sums, int64_t ro
         y *= scale;
     }
     if (e.bias) y += load<FP32>(e.bias + first + o);
-    if (e.activation == SILU) y = silu(y);
-    if (e.activation == SOFTPLUS) y = softplus(y);
+    activate<1>(e.activation, &y);
     const int64_t at = row * e.outputs + first + o;
     if (e.residual) y += read_lanes(e.residual, e.residual_dtype, at, 1, count);
     store<DTYPE_Y>(e.y + at, y, count);
 }
 
-// A whole panel of a row, scales and bias only: nothing is asked or read twice.
+// A whole panel of a row without a residual: nothing is asked or read twice.
 template <bool LISTED, bool BIAS>
 static inline void finish_panel(const Epilogue& e, const Sums& sums, int64_t row, int64_t first) {
     const float *scale = e.scale + first, *bias = BIAS ? e.bias + first : nullptr;
@@ -55,7 +63,7 @@ static inline void finish_panel(const Epilogue& e, const Sums& sums, int64_t row
     const float* kept = sums.kept;
     const vec inlier_scale = all(sums.inlier_scale), outlier_scale = all(sums.outlier_scale);
     const ivec shift = ivec{} + sums.shift, listed_shift = ivec{} + sums.listed_shift;
-    stored<DTYPE_Y>* y = e.y + row * e.outputs + first;
+    vec values[WIDTH];
 #pragma GCC unroll 4
     for (int o = 0; o < PANEL; o += LANES) {
         ivec acc;
@@ -68,12 +76,16 @@ static inline void finish_panel(const Epilogue& e, const Sums& sums, int64_t row
         value *= load<FP32>(scale + o);
         if (LISTED && FLOAT_OUTLIERS) value += load<FP32>(kept + o) * load<FP32>(scale + o);
         if (BIAS) value += load<FP32>(bias + o);
-        store<DTYPE_Y>(y + o, value);
+        values[o / LANES] = value;
     }
+    if (e.activation) activate<WIDTH>(e.activation, values);
+    stored<DTYPE_Y>* y = e.y + row * e.outputs + first;
+#pragma GCC unroll 4
+    for (int o = 0; o < PANEL; o += LANES) store<DTYPE_Y>(y + o, values[o / LANES]);
 }
 
 static inline void finish(const Epilogue& e, const Sums& sums, int64_t row, int64_t first) {
-    if (first + PANEL <= e.outputs && !e.activation && !e.residual) {
+    if (first + PANEL <= e.outputs && !e.residual) {
         if (FLOAT_OUTLIERS ? (bool)sums.kept : (bool)sums.outliers) e.bias ? finish_panel<true, true>(e, sums, row, first) : finish_panel<true, false>(e, sums, row, first);
         else e.bias ? finish_panel<false, true>(e, sums, row, first) : finish_panel<false, false>(e, sums, row, first);
         return;

@@ -48,20 +48,34 @@ struct Norm {
     }
 };
 
+template <int D> struct Tokens {  // (batch, length, columns); data may be null
+    const stored<D>* data;
+    int64_t sb, sl, sk;
+
+    // f(v, what vector v of a row holds), for all of them.
+    template <class F> void each(int64_t sample, int64_t token, int64_t columns, const F& f) const {
+        const stored<D>* p = data + sample * sb + token * sl;
+        const int64_t stride = sk;
+        if (stride == 1)
+            return each_vector(columns, [&](int64_t v, auto lanes) { f(v, load<D>(p + v * LANES, lanes)); });
+        each_vector(columns, [&](int64_t v, auto lanes) {
+            vec x = {};
+            for (int i = 0; i < lanes; i++) x[i] = to_float<D>(p[(v * LANES + i) * stride]);
+            f(v, x);
+        });
+    }
+};
+
 // x + residual of a row: kept in its dtype, and left in `row`.
-static inline void add_row(const stored<DTYPE>* x, const stored<DTYPE_RESIDUAL>* residual,
-                           stored<DTYPE_TOTAL>* total, int64_t columns, vec* row) {
-    if (residual)
-        each_vector(columns, [=](int64_t v, auto lanes) {
-            row[v] = load<DTYPE>(x + v * LANES, lanes) +
-                     load<DTYPE_RESIDUAL>(residual + v * LANES, lanes);
-            store<DTYPE_TOTAL>(total + v * LANES, row[v], lanes);
-        });
-    else
-        each_vector(columns, [=](int64_t v, auto lanes) {
-            row[v] = load<DTYPE>(x + v * LANES, lanes);
-            store<DTYPE_TOTAL>(total + v * LANES, row[v], lanes);
-        });
+static inline void add_row(const Tokens<DTYPE>& x, const Tokens<DTYPE_RESIDUAL>& residual,
+                           int64_t sample, int64_t token, stored<DTYPE_TOTAL>* total,
+                           int64_t columns, vec* row) {
+    x.each(sample, token, columns, [=](int64_t v, vec part) { row[v] = part; });
+    if (residual.data)
+        residual.each(sample, token, columns, [=](int64_t v, vec part) { row[v] += part; });
+    each_vector(columns, [=](int64_t v, auto lanes) {
+        store<DTYPE_TOTAL>(total + v * LANES, row[v], lanes);
+    });
 }
 
 // Rounds a row to x's dtype, and keeps it where there is a place for it.
