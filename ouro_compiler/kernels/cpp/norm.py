@@ -8,8 +8,7 @@ from torch import Tensor
 
 from ouro_compiler.kernels.cpp.launch import dtype_code, launch, refuse_dtypes, spec_of
 from ouro_compiler.kernels.cpp.quantize import quantizer, vector
-from ouro_compiler.kernels.launch import as_tokens, row_strides
-from ouro_compiler.kernels.launch import contiguous
+from ouro_compiler.kernels.launch import as_tokens, contiguous, row_strides
 from ouro_compiler.kernels.spec import KernelSpec, Template
 from ouro_compiler.ops.fused import check_cross_merge, empty_quantized
 from ouro_compiler.ops.norm import check as check_norm
