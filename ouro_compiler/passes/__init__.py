@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ouro_compiler.passes.base import Pass
 from ouro_compiler.passes.cancel_slices import cancel_slices
+from ouro_compiler.passes.concatenate_tokens import concatenate_tokens
 from ouro_compiler.passes.fold_batch_norm import fold_batch_norm
 from ouro_compiler.passes.fold_constants import fold_constants
 from ouro_compiler.passes.fold_delta_bias import fold_delta_bias
@@ -43,6 +44,7 @@ NORMALIZE: tuple[Pass, ...] = (
     raise_depthwise_conv,  # what looks ahead too; after normalize_linear took one tap
     raise_norm,
     fuse_direction_flips,  # late: it walks through the ops that the passes above made
+    concatenate_tokens,  # after flips, which go through concatenations of channels as they were
     share_views,  # last: views on either side of a dropped flip have become equal
 )
 INSERT: tuple[Pass, ...] = (
