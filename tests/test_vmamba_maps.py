@@ -60,7 +60,7 @@ def read_maps(gm: fx.GraphModule) -> tuple[int, int]:
     return found[0], found[1]
 
 
-@pytest.mark.parametrize("ssm", ["none", "params"])
+@pytest.mark.parametrize("ssm", ["none", pytest.param("params", marks=pytest.mark.slow)])
 def test_the_same_bits_without_copies(ssm: str) -> None:
     model, graphs = small(ssm)
     gm = model.graph_module
@@ -105,14 +105,14 @@ def test_a_gate_behind_the_norm_keeps_the_sums() -> None:
 
 @pytest.mark.parametrize(
     ("channel_first", "written_out"),
-    [(False, True), (True, False)],
+    [(False, True), pytest.param(True, False, marks=pytest.mark.slow)],
     ids=["channel last, written out", "channel first, ops"],
 )
 def test_public_blocks(channel_first: bool, written_out: bool) -> None:
     torch.manual_seed(0)
     block = PublicBlock(channel_first, 2, written_out).eval().requires_grad_(False)
     images = randn(2, 4, DIM, *SIDES)
-    model, graphs = compiled(block, images)
+    model, graphs = compiled(block, images, ssm="none")
     gm = model.graph_module
     assert read_maps(gm) == (2, 2)
     assert count(gm, MERGE) == 1
