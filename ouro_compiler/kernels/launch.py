@@ -1,7 +1,7 @@
 """Launching kernels, or recording what would be launched; block sizes for each kernel.
 
-No autotuning: sizes follow from shapes, so that a model's kernels can be compiled ahead. They do
-not depend on the batch.
+No autotuning: sizes follow from shapes, so that a model's kernels can be compiled ahead. Only a
+scan's depend on the batch, and on the GPU: none of its forms changes a bit.
 """
 
 from __future__ import annotations
@@ -139,3 +139,33 @@ def linear_blocks(rows_of_weight: int, bytes_a_row: int, *, fp32_outliers: bool)
 def scan_channels(channels: int) -> int:
     """Channels a program of a scan: one a lane."""
     return min(32, next_power_of_2(channels))
+
+
+def scan_blocks(
+    channels: int, states: int, length: int, scans: int, multiprocessors: int
+) -> dict[str, int]:
+    """LANES, SHARE, STEPS and BLOCK_D of a scan of (scans, channels, length): the same bits in any.
+
+    A lane has a channel, where that keeps the GPU busy: two programs a multiprocessor, since two
+    directions are one launch and a multiprocessor has four schedulers. Else four lanes share a
+    channel's states: four times the programs, each step in half the instructions.
+    STEPS is how many tokens' operands are held: four, to wait for none of them; one where a lane
+    has many states, whose registers are many and whose steps take long enough.
+    """
+    lanes = min(4, next_power_of_2(states))
+    block_d = scan_channels(channels)
+    share = lanes if scans * -(-channels // block_d) < 2 * multiprocessors else 1
+    return {
+        "LANES": lanes,
+        "SHARE": share,
+        "STEPS": min(1 if states > 4 and share == 1 else 4, length),
+        "BLOCK_D": block_d if share == 1 else 32 // share,
+    }
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a CUDA device; of an H100 where that is not known, as when kernels are compiled ahead."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return 132
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ouro_compiler.kernels.launch import contiguous, launch, next_power_of_2, scan_channels
+from ouro_compiler.kernels.launch import (
+    contiguous,
+    launch,
+    multiprocessors,
+    next_power_of_2,
+    scan_blocks,
+)
 from ouro_compiler.kernels.quantize import FLOATS
 from ouro_compiler.kernels.spec import Template, make_spec
 from ouro_compiler.ops.causal_conv1d import check as check_conv
+from ouro_compiler.ops.chunked_scan import groups_of
 from ouro_compiler.ops.library import empty_token_major
 from ouro_compiler.ops.selective_scan import check as check_scan
 
@@ -38,12 +45,34 @@ def selective_scan(
 ) -> Tensor:
     """`selective_scan_ref` by kernel; every matrix may have any strides."""
     check_scan(u, delta, A, B, C, D, z, delta_bias)
+    groups = groups_of(B)
+    form = scan_blocks(
+        *(u.shape[1] // groups, A.shape[1], u.shape[2]),
+        *(u.shape[0] * groups, multiprocessors(u.device)),
+    )
+    return scan_in_form(form, u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
+
+
+def scan_in_form(
+    form: dict[str, int],
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    reverse: bool,
+) -> Tensor:
+    """The same by the form given (`scan_blocks`)."""
     batch, channels, length = u.shape
     B, C = (matrix[:, None] if matrix.dim() == 3 else matrix for matrix in (B, C))
     groups = B.shape[1]
     in_group = channels // groups
     y = empty_token_major(u)
-    block_d = scan_channels(in_group)
+    unit, matrix_strides = state_strides(B, C)
     spec = make_spec(
         Template.SCAN,
         {
@@ -55,11 +84,12 @@ def selective_scan(
             "HAS_Z": z is not None,
             "HAS_DELTA_BIAS": delta_bias is not None,
             "DELTA_SOFTPLUS": delta_softplus,
-            "BLOCK_N": next_power_of_2(A.shape[1]),
-            "BLOCK_D": block_d,
+            "UNIT": unit,
+            **form,
         },
         num_warps=1,
         num_stages=1,
+        fp_fusion=False,
     )
     vectors = (
         None if D is None else contiguous(D, "D"),
@@ -71,13 +101,27 @@ def selective_scan(
         *u.stride(),
         *delta.stride(),
         *((0, 0, 0) if z is None else z.stride()),
-        *B.stride(),
-        *C.stride(),
+        *matrix_strides,
         channels,
     )
-    grid = (batch, groups, -(-in_group // block_d))
+    grid = (batch, groups, -(-in_group // form["BLOCK_D"]))
     launch(spec, grid, u, delta, A, B, C, *vectors, y, *strides)
     return y
+
+
+def state_strides(B: Tensor, C: Tensor) -> tuple[int, list[int]]:
+    """(unit, strides of B and C (B, G, N, L), N's in elements and the others in units).
+
+    Where four states lie together, and every column starts at a multiple of four, the unit is four:
+    a column is then read four states at a time, if memory itself is aligned, which Triton checks.
+    """
+    strides = [*B.stride(), *C.stride()]
+    others = [stride for index, stride in enumerate(strides) if index % 4 != 2]
+    together = strides[2] == strides[6] == 1 and B.shape[2] > 2
+    unit = 4 if together and not any(stride % 4 for stride in others) else 1
+    return unit, [
+        stride if index % 4 == 2 else stride // unit for index, stride in enumerate(strides)
+    ]
 
 
 def causal_conv1d(

@@ -1,21 +1,56 @@
 """`ouro::selective_scan`: one program walks BLOCK_D channels of one sample through time.
 
-Strides are not specialised: with an unknown channel stride a lane gets one channel and all its
-states, and the sum over states needs no shuffles.
+Strides are not specialised: with an unknown channel stride a lane gets one channel, or one row of
+its states (`recurrence.py`). The operands of STEPS tokens are held: those of a token are read when
+those of the one STEPS before it are used up, before its y is stored, since no load passes a store.
 """
 
 import triton
 import triton.language as tl
 
-from ouro_compiler.kernels.templates.common import silu, softplus
-from ouro_compiler.kernels.templates.recurrence import advance, load, load_exponents, store
+from ouro_compiler.kernels.templates.recurrence import (
+    advance,
+    finish,
+    load,
+    load_exponents,
+    load_states,
+    no_states,
+    step_of,
+    store,
+)
+
+
+@triton.jit
+def read_token(
+    pointers,
+    strides,
+    mask_d,
+    b_step,
+    c_step,
+    HAS_Z: tl.constexpr,
+    STATES: tl.constexpr,
+    LANES: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """((u, delta, z, b, c) of one token in fp32, pointers of the next); z is u where none is."""
+    u = load(pointers[0], mask_d, WHOLE)
+    delta = load(pointers[1], mask_d, WHOLE)
+    z = u
+    if HAS_Z:
+        z = load(pointers[2], mask_d, WHOLE)
+    b = load_states(pointers[3], b_step, STATES, LANES)
+    c = load_states(pointers[4], c_step, STATES, LANES)
+    following = ()
+    for i in tl.static_range(5):
+        following = following + (pointers[i] + strides[i],)
+    return (u, delta, z, b, c), following
 
 
 @triton.jit(
     do_not_specialize=[
         *("stride_ub", "stride_ud", "stride_ul", "stride_db", "stride_dd", "stride_dl"),
         *("stride_zb", "stride_zd", "stride_zl", "stride_bb", "stride_bg"),
-        *("stride_bl", "stride_cb", "stride_cg", "stride_cl", "stride_yl"),
+        *("stride_bn", "stride_cn", "stride_bl", "stride_cb", "stride_cg", "stride_cl", "stride_yl"),
         *("stride_ad", "stride_an"),
     ]
 )
@@ -40,7 +75,7 @@ def selective_scan_kernel(
     stride_zb,
     stride_zd,
     stride_zl,
-    stride_bb,
+    stride_bb,  # those of B and C but for N's in UNITs
     stride_bg,
     stride_bn,
     stride_bl,
@@ -57,53 +92,87 @@ def selective_scan_kernel(
     HAS_Z: tl.constexpr,
     HAS_DELTA_BIAS: tl.constexpr,
     DELTA_SOFTPLUS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    LANES: tl.constexpr,
+    SHARE: tl.constexpr,
+    UNIT: tl.constexpr,
+    STEPS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     sample = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1).to(tl.int64)
-    in_group = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
+    in_group = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    in_group += tl.zeros((SHARE, BLOCK_D), tl.int32)
     mask_d = in_group < CHANNELS
     offs_d = group * CHANNELS + in_group
-    offs_n = tl.arange(0, BLOCK_N)
-    mask_n = offs_n < STATES
     whole_d: tl.constexpr = CHANNELS % BLOCK_D == 0
-    whole_n: tl.constexpr = STATES == BLOCK_N
     a_ptrs = a_ptr + offs_d * stride_ad
-    a = load_exponents(a_ptrs, mask_d, stride_an, STATES, BLOCK_N, BLOCK_D, whole_d)
+    a = load_exponents(a_ptrs, mask_d, stride_an, STATES, LANES, BLOCK_D, whole_d)
+    skip = None
     if HAS_D:
         skip = load(d_ptr + offs_d, mask_d, whole_d)
+    bias = None
     if HAS_DELTA_BIAS:
         bias = load(delta_bias_ptr + offs_d, mask_d, whole_d)
 
     first = (LENGTH - 1) * REVERSE
+    direction = 1 - 2 * REVERSE
     u_ptrs = u_ptr + sample * stride_ub + first * stride_ul + offs_d * stride_ud
     delta_ptrs = delta_ptr + sample * stride_db + first * stride_dl + offs_d * stride_dd
-    b_ptrs = b_ptr + sample * stride_bb + group * stride_bg + first * stride_bl + offs_n * stride_bn
-    c_ptrs = c_ptr + sample * stride_cb + group * stride_cg + first * stride_cl + offs_n * stride_cn
-    y_ptrs = y_ptr + (sample * LENGTH + first) * stride_yl + offs_d
+    z_ptrs = u_ptrs
     if HAS_Z:
         z_ptrs = z_ptr + sample * stride_zb + first * stride_zl + offs_d * stride_zd
-    direction = 1 - 2 * REVERSE
-    h = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    for _ in range(LENGTH):
-        u = load(u_ptrs, mask_d, whole_d)
-        delta = load(delta_ptrs, mask_d, whole_d)
-        b = load(b_ptrs, mask_n, whole_n)
-        c = load(c_ptrs, mask_n, whole_n)
-        if HAS_DELTA_BIAS:
-            delta += bias
-        if DELTA_SOFTPLUS:
-            delta = softplus(delta)
-        h, y = advance(h, u, delta, a, b, c)
-        if HAS_D:
-            y += skip * u
-        if HAS_Z:
-            y *= silu(load(z_ptrs, mask_d, whole_d))
-            z_ptrs += direction * stride_zl
-        store(y_ptrs, y, mask_d, whole_d)
-        u_ptrs += direction * stride_ul
-        delta_ptrs += direction * stride_dl
-        b_ptrs += direction * stride_bl
-        c_ptrs += direction * stride_cl
-        y_ptrs += direction * stride_yl
+    y_ptrs = y_ptr + (sample * LENGTH + first) * stride_yl + offs_d
+    row = tl.arange(0, LANES)[:, None] + tl.zeros((LANES, BLOCK_D), tl.int32)
+    b_ptr += (sample * stride_bb + group * stride_bg + first * stride_bl) * UNIT
+    c_ptr += (sample * stride_cb + group * stride_cg + first * stride_cl) * UNIT
+    b_step = LANES * stride_bn
+    c_step = LANES * stride_cn
+    if UNIT > 1:  # states are contiguous
+        b_step = LANES
+        c_step = LANES
+    if UNIT > 1 and SHARE == 1:
+        b_ptrs = b_ptr + row
+        c_ptrs = c_ptr + row
+    else:
+        b_ptrs = b_ptr + row * stride_bn
+        c_ptrs = c_ptr + row * stride_cn
+    pointers = (u_ptrs, delta_ptrs, z_ptrs, b_ptrs, c_ptrs)
+    strides = (
+        direction * stride_ul,
+        direction * stride_dl,
+        direction * stride_zl,
+        direction * stride_bl * UNIT,
+        direction * stride_cl * UNIT,
+    )
+    y_stride = direction * stride_yl
+    h = no_states(STATES, LANES, BLOCK_D)
+    tokens = ()
+    for _ in tl.static_range(STEPS):
+        token, pointers = read_token(
+            *(pointers, strides, mask_d, b_step, c_step, HAS_Z, STATES, LANES, whole_d)
+        )
+        tokens = tokens + (token,)
+    for _ in range(LENGTH // STEPS - 1):
+        held = tokens
+        tokens = ()
+        for i in tl.static_range(STEPS):
+            u, delta, z, b, c = held[i]
+            delta = step_of(delta, bias, DELTA_SOFTPLUS)
+            h, y = advance(h, u, delta, a, b, c, STATES, LANES, SHARE, BLOCK_D)
+            token, pointers = read_token(
+                *(pointers, strides, mask_d, b_step, c_step, HAS_Z, STATES, LANES, whole_d)
+            )
+            tokens = tokens + (token,)
+            store(y_ptrs, finish(y, u, skip, z, HAS_Z), mask_d, whole_d)
+            y_ptrs += y_stride
+    for _ in tl.static_range(LENGTH % STEPS):
+        token, pointers = read_token(
+            *(pointers, strides, mask_d, b_step, c_step, HAS_Z, STATES, LANES, whole_d)
+        )
+        tokens = tokens + (token,)
+    for i in tl.static_range(STEPS + LENGTH % STEPS):
+        u, delta, z, b, c = tokens[i]
+        delta = step_of(delta, bias, DELTA_SOFTPLUS)
+        h, y = advance(h, u, delta, a, b, c, STATES, LANES, SHARE, BLOCK_D)
+        store(y_ptrs, finish(y, u, skip, z, HAS_Z), mask_d, whole_d)
+        y_ptrs += y_stride
