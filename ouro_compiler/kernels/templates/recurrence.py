@@ -24,6 +24,16 @@ def load(pointers, mask, WHOLE: tl.constexpr):
 
 
 @triton.jit
+def fetch(pointers, mask, WHOLE: tl.constexpr):
+    """Values as they are stored. To convert them is to wait for them: that is left for later."""
+    if WHOLE:
+        values = tl.load(pointers)
+    else:
+        values = tl.load(pointers, mask=mask)
+    return values
+
+
+@triton.jit
 def load_exponents(
     a_ptrs,
     mask_d,
@@ -49,13 +59,16 @@ def load_exponents(
 
 
 @triton.jit
-def load_states(pointers, step, STATES: tl.constexpr, LANES: tl.constexpr):
-    """A column of B or C, fp32: a tuple of tiles, `step` elements apart; pointers are of tile 0."""
+def fetch_states(pointers, step, STATES: tl.constexpr, LANES: tl.constexpr):
+    """A column of B or C: a tuple of tiles, `step` elements apart; pointers are of tile 0."""
     row = tl.arange(0, LANES)[:, None]
     tiles = ()
     for k in tl.static_range((STATES + LANES - 1) // LANES):
-        mask = k * LANES + row < STATES
-        tiles = tiles + (load(pointers + k * step, mask, (k + 1) * LANES <= STATES),)
+        if (k + 1) * LANES <= STATES:
+            tile = tl.load(pointers + k * step)
+        else:
+            tile = tl.load(pointers + k * step, mask=k * LANES + row < STATES, other=0.0)
+        tiles = tiles + (tile,)
     return tiles
 
 
@@ -70,7 +83,8 @@ def no_states(STATES: tl.constexpr, LANES: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def step_of(delta, bias, DELTA_SOFTPLUS: tl.constexpr):
-    """delta with its bias, or None for none, and through softplus."""
+    """delta in fp32, with its bias, or None for none, and through softplus."""
+    delta = delta.to(tl.float32)
     if bias is not None:
         delta += bias
     if DELTA_SOFTPLUS:
@@ -91,16 +105,17 @@ def advance(
     SHARE: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """(states, C . states) after one token: u and delta (SHARE, BLOCK_D), the others tiles."""
+    """(states, C . states) after one token: u and delta fp32 (SHARE, BLOCK_D)."""
     x = delta * u
     states = ()
     for k in tl.static_range((STATES + LANES - 1) // LANES):
-        state = tl.fma(tl.exp2(delta * a[k]), h[k], x * b[k])
+        state = tl.fma(tl.exp2(delta * a[k]), h[k], x * b[k].to(tl.float32))
         states = states + (state,)
+        weight = c[k].to(tl.float32)
         if k == 0:
-            y = state * c[k]
+            y = state * weight
         else:
-            y = tl.fma(state, c[k], y)
+            y = tl.fma(state, weight, y)
     # Sums of two, which come out alike within a lane and between lanes.
     if LANES == 4:
         y = tl.sum(tl.reshape(y, (2, 2, BLOCK_D)), axis=0)
@@ -113,7 +128,7 @@ def finish(y, u, skip, z, HAS_Z: tl.constexpr):
     if skip is not None:
         y = tl.fma(skip, u, y)
     if HAS_Z:
-        y *= silu(z)
+        y *= silu(z.to(tl.float32))
     return y
 
 

@@ -10,10 +10,11 @@ import triton.language as tl
 
 from ouro_compiler.kernels.templates.recurrence import (
     advance,
+    fetch,
+    fetch_states,
     finish,
     load,
     load_exponents,
-    load_states,
     no_states,
     step_of,
     store,
@@ -32,14 +33,14 @@ def read_token(
     LANES: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """((u, delta, z, b, c) of one token in fp32, pointers of the next); z is u where none is."""
-    u = load(pointers[0], mask_d, WHOLE)
-    delta = load(pointers[1], mask_d, WHOLE)
+    """((u, delta, z, b, c) of one token as stored, pointers of the next); z is u where none is."""
+    u = fetch(pointers[0], mask_d, WHOLE)
+    delta = fetch(pointers[1], mask_d, WHOLE)
     z = u
     if HAS_Z:
-        z = load(pointers[2], mask_d, WHOLE)
-    b = load_states(pointers[3], b_step, STATES, LANES)
-    c = load_states(pointers[4], c_step, STATES, LANES)
+        z = fetch(pointers[2], mask_d, WHOLE)
+    b = fetch_states(pointers[3], b_step, STATES, LANES)
+    c = fetch_states(pointers[4], c_step, STATES, LANES)
     following = ()
     for i in tl.static_range(5):
         following = following + (pointers[i] + strides[i],)
@@ -157,6 +158,7 @@ def selective_scan_kernel(
         tokens = ()
         for i in tl.static_range(STEPS):
             u, delta, z, b, c = held[i]
+            u = u.to(tl.float32)
             delta = step_of(delta, bias, DELTA_SOFTPLUS)
             h, y = advance(h, u, delta, a, b, c, STATES, LANES, SHARE, BLOCK_D)
             token, pointers = read_token(
@@ -172,6 +174,7 @@ def selective_scan_kernel(
         tokens = tokens + (token,)
     for i in tl.static_range(STEPS + LENGTH % STEPS):
         u, delta, z, b, c = tokens[i]
+        u = u.to(tl.float32)
         delta = step_of(delta, bias, DELTA_SOFTPLUS)
         h, y = advance(h, u, delta, a, b, c, STATES, LANES, SHARE, BLOCK_D)
         store(y_ptrs, finish(y, u, skip, z, HAS_Z), mask_d, whole_d)
