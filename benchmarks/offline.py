@@ -27,9 +27,9 @@ WINDOWS = -(-LENGTH // PERIOD)
 HALF, FULL = torch.float16, torch.float32
 
 
-def _tokens(channels: int, dtype: torch.dtype = HALF) -> Tensor:
+def _tokens(channels: int, dtype: torch.dtype = HALF, batch: int = BATCH) -> Tensor:
     """(B, D, L), memory as (B, L, D)."""
-    return torch.empty(BATCH, LENGTH, channels, dtype=dtype).transpose(1, 2)
+    return torch.empty(batch, LENGTH, channels, dtype=dtype).transpose(1, 2)
 
 
 def _scales() -> tuple[Tensor, Tensor]:
@@ -75,19 +75,20 @@ def scan_case(
     whole: bool = False,
     groups: int = 1,
     reverse: bool = False,
+    batch: int = BATCH,
 ) -> None:
     """Launch a scan; `whole` adds softplus, delta's bias and the gate."""
     matrices = [
-        torch.empty(BATCH, LENGTH, groups * states).transpose(1, 2).unflatten(1, (groups, states))
+        torch.empty(batch, LENGTH, groups * states).transpose(1, 2).unflatten(1, (groups, states))
         for _ in range(2)
     ]
     scan.selective_scan(
-        _tokens(channels, dtype),
-        _tokens(channels, dtype),
+        _tokens(channels, dtype, batch),
+        _tokens(channels, dtype, batch),
         torch.empty(channels, states),
         *matrices,
         torch.empty(channels),
-        _tokens(channels, dtype) if whole else None,
+        _tokens(channels, dtype, batch) if whole else None,
         torch.empty(channels) if whole else None,
         whole,
         reverse,
@@ -188,6 +189,10 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
             yield f"scan N={states} {_short(dtype)}", _bind(scan_case, 384, states, dtype=dtype)
     yield "scan N=16 gate, softplus", _bind(scan_case, 384, 16, whole=True)
     yield "scan N=16 reverse", _bind(scan_case, 384, 16, reverse=True)
+    for dtype in (HALF, FULL):
+        small = {"dtype": dtype, "batch": 1}
+        yield f"scan N=16 {_short(dtype)} batch 1", _bind(scan_case, 384, 16, **small)
+    yield "scan N=8 fp32 batch 1", _bind(scan_case, 384, 8, dtype=FULL, batch=1)
     yield "scan N=1 4 groups", _bind(scan_case, 384, 1, groups=4)
     for states in (16, 8, 1):
         yield f"scan N={states} on codes", _bind(scan_dynamic_outlier_case, 384, states)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
 from ouro_compiler.kernels.launch import (
@@ -14,7 +16,6 @@ from ouro_compiler.kernels.launch import (
 from ouro_compiler.kernels.quantize import FLOATS
 from ouro_compiler.kernels.spec import Template, make_spec
 from ouro_compiler.ops.causal_conv1d import check as check_conv
-from ouro_compiler.ops.chunked_scan import groups_of
 from ouro_compiler.ops.library import empty_token_major
 from ouro_compiler.ops.selective_scan import check as check_scan
 
@@ -42,36 +43,22 @@ def selective_scan(
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
     reverse: bool = False,
+    *,
+    form: Mapping[str, int] | None = None,
 ) -> Tensor:
-    """`selective_scan_ref` by kernel; every matrix may have any strides."""
+    """`selective_scan_ref` by kernel; every matrix may have any strides.
+
+    form: one of `scan_blocks`, by default the one for this batch and device. Bits are the same.
+    """
     check_scan(u, delta, A, B, C, D, z, delta_bias)
-    groups = groups_of(B)
-    form = scan_blocks(
-        *(u.shape[1] // groups, A.shape[1], u.shape[2]),
-        *(u.shape[0] * groups, multiprocessors(u.device)),
-    )
-    return scan_in_form(form, u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
-
-
-def scan_in_form(
-    form: dict[str, int],
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    reverse: bool,
-) -> Tensor:
-    """The same by the form given (`scan_blocks`)."""
     batch, channels, length = u.shape
     B, C = (matrix[:, None] if matrix.dim() == 3 else matrix for matrix in (B, C))
     groups = B.shape[1]
     in_group = channels // groups
     y = empty_token_major(u)
+    if form is None:
+        shape = (in_group, A.shape[1], length)
+        form = scan_blocks(*shape, batch * groups, multiprocessors(u.device))
     unit, matrix_strides = state_strides(B, C)
     spec = make_spec(
         Template.SCAN,

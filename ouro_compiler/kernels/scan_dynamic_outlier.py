@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
-from ouro_compiler.kernels.launch import contiguous, launch, next_power_of_2, scan_channels
+from ouro_compiler.kernels.launch import contiguous, launch, multiprocessors, scan_blocks
 from ouro_compiler.kernels.quantize import FLOATS, dequantize_dynamic_outlier
-from ouro_compiler.kernels.scan import refuse_scan
+from ouro_compiler.kernels.scan import refuse_scan, state_strides
 from ouro_compiler.kernels.spec import Template, make_spec
 from ouro_compiler.ops.library import empty_token_major
 from ouro_compiler.ops.quantize import window_length
@@ -37,8 +38,9 @@ def selective_scan_dynamic_outlier(
     delta_bias: Tensor | None,
     delta_softplus: bool,
     *static: Any,
+    form: Mapping[str, int] | None = None,
 ) -> Tensor:
-    """`selective_scan_dynamic_outlier_ref` by kernels: B and C, then the scan."""
+    """`selective_scan_dynamic_outlier_ref` by kernels: B and C, then the scan (`form` as there)."""
     step, *both = check(u, delta, A, B, C, D, z, delta_bias, static)
     b, c = (matrix(dequantize_dynamic_outlier(*one, *static), A) for one in both)
     inlier_bits, outlier_bits, refresh_period, reverse = static
@@ -46,7 +48,10 @@ def selective_scan_dynamic_outlier(
     groups = b.shape[1]
     in_group = channels // groups
     y = empty_token_major(u)
-    block_d = scan_channels(in_group)
+    if form is None:
+        shape = (in_group, A.shape[1], length)
+        form = scan_blocks(*shape, batch * groups, multiprocessors(u.device))
+    unit, matrix_strides = state_strides(b, c)
     spec = make_spec(
         Template.SCAN_DYNAMIC_OUTLIER,
         {
@@ -63,11 +68,12 @@ def selective_scan_dynamic_outlier(
             "HAS_Z": z is not None,
             "HAS_DELTA_BIAS": delta_bias is not None,
             "DELTA_SOFTPLUS": delta_softplus,
-            "BLOCK_N": next_power_of_2(A.shape[1]),
-            "BLOCK_D": block_d,
+            "UNIT": unit,
+            **form,
         },
         num_warps=1,
         num_stages=1,
+        fp_fusion=False,
     )
     quantized = (
         contiguous(step.codes, "delta's codes"),
@@ -86,10 +92,9 @@ def selective_scan_dynamic_outlier(
         *u.stride(),
         *((0, 0, 0) if step.x is None else step.x.stride()),
         *((0, 0, 0) if z is None else z.stride()),
-        *b.stride(),
-        *c.stride(),
+        *matrix_strides,
         channels,
     )
-    grid = (batch, groups, -(-in_group // block_d))
+    grid = (batch, groups, -(-in_group // form["BLOCK_D"]))
     launch(spec, grid, u, *quantized, A, b, c, *vectors, y, *strides)
     return y

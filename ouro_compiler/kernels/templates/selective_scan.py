@@ -51,7 +51,15 @@ def read_token(
     do_not_specialize=[
         *("stride_ub", "stride_ud", "stride_ul", "stride_db", "stride_dd", "stride_dl"),
         *("stride_zb", "stride_zd", "stride_zl", "stride_bb", "stride_bg"),
-        *("stride_bn", "stride_cn", "stride_bl", "stride_cb", "stride_cg", "stride_cl", "stride_yl"),
+        *(
+            "stride_bn",
+            "stride_cn",
+            "stride_bl",
+            "stride_cb",
+            "stride_cg",
+            "stride_cl",
+            "stride_yl",
+        ),
         *("stride_ad", "stride_an"),
     ]
 )
