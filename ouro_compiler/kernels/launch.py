@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextvars
 import functools
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -144,23 +145,48 @@ def scan_channels(channels: int) -> int:
 def scan_blocks(
     channels: int, states: int, length: int, scans: int, multiprocessors: int
 ) -> dict[str, int]:
-    """LANES, SHARE, STEPS and BLOCK_D of a scan of (scans, channels, length): the same bits in any.
+    """The form of a scan of (scans, channels, length): constants that no bit depends on but CHUNK.
 
     A lane has a channel, where that keeps the GPU busy: two programs a multiprocessor, since two
     directions are one launch and a multiprocessor has four schedulers. Else four lanes share a
-    channel's states: four times the programs, each step in half the instructions.
+    channel's states (SHARE): four times the programs, each step in half the instructions.
     STEPS is how many tokens' operands are held: four, to wait for none of them; one where a lane
     has many states, whose registers are many and whose steps take long enough.
+    CHUNK is `scan_chunk`'s. SPLIT gives each chunk its programs, in a launch more that reads u,
+    delta and B once more: worth it while the GPU is idle otherwise. Four directions are one launch:
+    beyond half a program a multiprocessor, memory takes longer than a scan's steps do.
     """
     lanes = min(4, next_power_of_2(states))
     block_d = scan_channels(channels)
-    share = lanes if scans * -(-channels // block_d) < 2 * multiprocessors else 1
+    chunk = scan_chunk(length, states)
+    programs = scans * -(-channels // block_d)
+    if chunk < length:
+        share, steps = 1, math.gcd(4, chunk)
+    else:
+        share = lanes if programs < 2 * multiprocessors else 1
+        steps = min(1 if states > 4 and share == 1 else 4, length)
     return {
         "LANES": lanes,
         "SHARE": share,
-        "STEPS": min(1 if states > 4 and share == 1 else 4, length),
+        "STEPS": steps,
         "BLOCK_D": block_d if share == 1 else 32 // share,
+        "CHUNK": chunk,
+        "SPLIT": int(chunk < length and 2 * programs < multiprocessors),
     }
+
+
+def scan_chunk(length: int, states: int) -> int:
+    """Tokens of a chunk: a divisor of `length`, or all of it; from the shape alone.
+
+    Long scans of few states, as VMamba's first stages have them: beside four states' exponentials a
+    second state costs little. A program walks chunk tokens twice, and what the chunks before it
+    left, length / chunk pairs that take a third of a token each: sqrt(length / 6) is the best.
+    """
+    if states > 4 or length < 256:
+        return length
+    least = math.isqrt(length // 6)
+    fits = [one for one in range(max(2, least), length // 4 + 1) if length % one == 0]
+    return min(fits, key=lambda one: (one % 4 != 0, one), default=length)
 
 
 @functools.cache

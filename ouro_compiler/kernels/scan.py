@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from ouro_compiler.kernels.launch import (
@@ -59,30 +60,31 @@ def selective_scan(
     if form is None:
         shape = (in_group, A.shape[1], length)
         form = scan_blocks(*shape, batch * groups, multiprocessors(u.device))
+    constants = {
+        "LENGTH": length,
+        "CHANNELS": in_group,
+        "GROUPS": groups,
+        "STATES": A.shape[1],
+        "REVERSE": reverse,
+        "HAS_DELTA_BIAS": delta_bias is not None,
+        "DELTA_SOFTPLUS": delta_softplus,
+        **form,
+    }
+    delta_bias = None if delta_bias is None else contiguous(delta_bias, "delta_bias")
+    grid = (batch, groups, -(-in_group // form["BLOCK_D"]))
+    gathered: tuple[Tensor | None, Tensor | None] = (None, None)
+    if form["SPLIT"]:
+        grid = (batch, groups, grid[2] * (length // form["CHUNK"]))
+        gathered = _gather(constants, grid, u, delta, A, B, delta_bias)
     unit, matrix_strides = state_strides(B, C)
     spec = make_spec(
         Template.SCAN,
-        {
-            "LENGTH": length,
-            "CHANNELS": in_group,
-            "STATES": A.shape[1],
-            "REVERSE": reverse,
-            "HAS_D": D is not None,
-            "HAS_Z": z is not None,
-            "HAS_DELTA_BIAS": delta_bias is not None,
-            "DELTA_SOFTPLUS": delta_softplus,
-            "UNIT": unit,
-            **form,
-        },
+        {**constants, "HAS_D": D is not None, "HAS_Z": z is not None, "UNIT": unit},
         num_warps=1,
         num_stages=1,
         fp_fusion=False,
     )
-    vectors = (
-        None if D is None else contiguous(D, "D"),
-        z,
-        None if delta_bias is None else contiguous(delta_bias, "delta_bias"),
-    )
+    skip = None if D is None else contiguous(D, "D")
     strides = (
         *A.stride(),
         *u.stride(),
@@ -91,9 +93,35 @@ def selective_scan(
         *matrix_strides,
         channels,
     )
-    grid = (batch, groups, -(-in_group // form["BLOCK_D"]))
-    launch(spec, grid, u, delta, A, B, C, *vectors, y, *strides)
+    launch(spec, grid, u, delta, A, B, C, skip, z, delta_bias, *gathered, y, *strides)
     return y
+
+
+def _gather(
+    constants: Mapping[str, int],
+    grid: tuple[int, int, int],
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    delta_bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Of every chunk the sum of delta (B, chunks, D) and the state (B, chunks, N, D), fp32."""
+    batch, channels, length = u.shape
+    chunks = length // constants["CHUNK"]
+    elapsed = u.new_empty(batch, chunks, channels, dtype=torch.float32)
+    state = u.new_empty(batch, chunks, A.shape[1], channels, dtype=torch.float32)
+    unused = ("SHARE", "SPLIT")
+    spec = make_spec(
+        Template.SCAN_CHUNKS,
+        {name: value for name, value in constants.items() if name not in unused},
+        num_warps=1,
+        num_stages=1,
+        fp_fusion=False,
+    )
+    strides = (*A.stride(), *u.stride(), *delta.stride(), *B.stride())
+    launch(spec, grid, u, delta, A, B, delta_bias, elapsed, state, *strides)
+    return elapsed, state
 
 
 def state_strides(B: Tensor, C: Tensor) -> tuple[int, list[int]]:

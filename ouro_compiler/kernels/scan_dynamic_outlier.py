@@ -69,7 +69,7 @@ def selective_scan_dynamic_outlier(
             "HAS_DELTA_BIAS": delta_bias is not None,
             "DELTA_SOFTPLUS": delta_softplus,
             "UNIT": unit,
-            **form,
+            **{name: value for name, value in form.items() if name not in ("CHUNK", "SPLIT")},
         },
         num_warps=1,
         num_stages=1,

@@ -20,6 +20,7 @@ class Template(str, Enum):
     LINEAR = "linear_dynamic_outlier"
     CONV = "causal_conv1d"
     SCAN = "selective_scan"
+    SCAN_CHUNKS = "selective_scan_chunks"
     SCAN_DYNAMIC_OUTLIER = "selective_scan_dynamic_outlier"
     QUANTIZED_SCAN = "quantized_selective_scan"
     # C++ only

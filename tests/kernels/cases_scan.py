@@ -94,6 +94,29 @@ def test_forms_of_a_scan_give_the_same_bits(index: int, device: str) -> None:
 
 
 @pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(
+    ("states", "groups", "chunk", "steps"), [(1, 2, 4, 2), (3, 1, 6, 3), (2, 1, 2, 2), (4, 1, 3, 1)]
+)
+def test_chunks_of_a_scan(
+    states: int, groups: int, chunk: int, steps: int, reverse: bool, device: str
+) -> None:
+    """Chunks one after the other or side by side: the same bits, and what the definition gives."""
+    channels, length = 5 * groups, 12
+    u, delta, z = (randn(seed, 2, channels, length) for seed in (1, 2, 3))
+    B, C = (randn(seed, 2, groups, states, length) for seed in (4, 5))
+    A, D, bias = -randn(6, channels, states).exp(), randn(7, channels), randn(8, channels)
+    given = (u, delta, A, B, C, D, z, bias, True, reverse)
+    form = {**scan_blocks(5, states, length, 1, 0), "CHUNK": chunk, "STEPS": steps}
+    one, split, whole = (
+        selective_scan(*on(device, *given), form={**form, "SHARE": 1, "BLOCK_D": 8, **other})
+        for other in ({}, {"SPLIT": 1}, {"CHUNK": length})
+    )
+    assert torch.equal(one, split)
+    assert_close(split.cpu(), selective_scan_ref(*given), 1e-5)
+    assert_close(whole.cpu(), selective_scan_ref(*given), 1e-5)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("states", [1, 8, 16])
 def test_scan_against_mamba(states: int, reverse: bool, device: str) -> None:
     u, delta, z = (randn(seed, 2, 12, 15) for seed in (1, 2, 3))

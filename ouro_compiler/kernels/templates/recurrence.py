@@ -123,6 +123,19 @@ def advance(
 
 
 @triton.jit
+def gather(state, elapsed, u, delta, a, b):
+    """(state, sum of delta) of a chunk after one more token; the state is of one tile."""
+    x = delta * u
+    return tl.fma(tl.exp2(delta * a[0]), state, x * b[0].to(tl.float32)), elapsed + delta
+
+
+@triton.jit
+def carry(state, elapsed, before, a):
+    """The state behind a chunk that started from `before`: one tile."""
+    return tl.fma(tl.exp2(elapsed * a[0]), before, state)
+
+
+@triton.jit
 def finish(y, u, skip, z, HAS_Z: tl.constexpr):
     """y with D u and the gate; skip is D, or None."""
     if skip is not None:

@@ -3,6 +3,10 @@
 Strides are not specialised: with an unknown channel stride a lane gets one channel, or one row of
 its states (`recurrence.py`). The operands of STEPS tokens are held: those of a token are read when
 those of the one STEPS before it are used up, before its y is stored, since no load passes a store.
+
+Where CHUNK is not LENGTH, a chunk starts from a state that is made of what the chunks before it end
+with when they start from none (at most four states, one tile). Either the program gathers that
+beside its own state, or (SPLIT) it has one chunk and `selective_scan_chunks` gathered it before.
 """
 
 import triton
@@ -10,9 +14,11 @@ import triton.language as tl
 
 from ouro_compiler.kernels.templates.recurrence import (
     advance,
+    carry,
     fetch,
     fetch_states,
     finish,
+    gather,
     load,
     load_exponents,
     no_states,
@@ -72,6 +78,8 @@ def selective_scan_kernel(
     d_ptr,  # (D,), or None
     z_ptr,  # (B, D, L), or None
     delta_bias_ptr,  # (D,), or None
+    elapsed_ptr,  # fp32 (B, L / CHUNK, D) where SPLIT, else None: sums of delta
+    state_ptr,  # fp32 (B, L / CHUNK, N, D) where SPLIT, else None
     y_ptr,  # (B, D, L), memory as (B, L, D)
     stride_ad,
     stride_an,
@@ -95,6 +103,9 @@ def selective_scan_kernel(
     stride_yl,
     LENGTH: tl.constexpr,
     CHANNELS: tl.constexpr,  # of one group
+    GROUPS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SPLIT: tl.constexpr,
     STATES: tl.constexpr,
     REVERSE: tl.constexpr,
     HAS_D: tl.constexpr,
@@ -109,7 +120,11 @@ def selective_scan_kernel(
 ):
     sample = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1).to(tl.int64)
-    in_group = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    blocks: tl.constexpr = (CHANNELS + BLOCK_D - 1) // BLOCK_D
+    chunk = 0
+    if SPLIT:
+        chunk = tl.program_id(2) // blocks
+    in_group = tl.program_id(2) % blocks * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
     in_group += tl.zeros((SHARE, BLOCK_D), tl.int32)
     mask_d = in_group < CHANNELS
     offs_d = group * CHANNELS + in_group
@@ -123,8 +138,8 @@ def selective_scan_kernel(
     if HAS_DELTA_BIAS:
         bias = load(delta_bias_ptr + offs_d, mask_d, whole_d)
 
-    first = (LENGTH - 1) * REVERSE
     direction = 1 - 2 * REVERSE
+    first = (LENGTH - 1) * REVERSE + direction * chunk * CHUNK
     u_ptrs = u_ptr + sample * stride_ub + first * stride_ul + offs_d * stride_ud
     delta_ptrs = delta_ptr + sample * stride_db + first * stride_dl + offs_d * stride_dd
     z_ptrs = u_ptrs
@@ -155,19 +170,45 @@ def selective_scan_kernel(
     )
     y_stride = direction * stride_yl
     h = no_states(STATES, LANES, BLOCK_D)
+    before = tl.zeros((LANES, BLOCK_D), tl.float32)
+    state = tl.zeros((LANES, BLOCK_D), tl.float32)
+    elapsed = tl.zeros((SHARE, BLOCK_D), tl.float32)
+    if SPLIT:
+        columns: tl.constexpr = CHANNELS * GROUPS
+        chunks: tl.constexpr = LENGTH // CHUNK
+        elapsed_ptrs = elapsed_ptr + sample * chunks * columns + offs_d
+        state_ptrs = state_ptr + (sample * chunks * STATES + row) * columns + offs_d
+        mask = mask_d & (row < STATES)
+        for _ in range(chunk):
+            elapsed = load(elapsed_ptrs, mask_d, whole_d)
+            state = load(state_ptrs, mask, whole_d and STATES == LANES)
+            before = carry(state, elapsed, before, a)
+            elapsed_ptrs += columns
+            state_ptrs += STATES * columns
+        h = (before,)
+    gathers: tl.constexpr = CHUNK < LENGTH and not SPLIT
+    tokens_here: tl.constexpr = CHUNK if SPLIT else LENGTH
     tokens = ()
     for _ in tl.static_range(STEPS):
         token, pointers = read_token(
             *(pointers, strides, mask_d, b_step, c_step, HAS_Z, STATES, LANES, whole_d)
         )
         tokens = tokens + (token,)
-    for _ in range(LENGTH // STEPS - 1):
+    for block in range(tokens_here // STEPS - 1):
         held = tokens
         tokens = ()
+        if gathers:
+            if block * STEPS % CHUNK == 0:
+                before = carry(state, elapsed, before, a)
+                h = (before,)
+                state = tl.zeros((LANES, BLOCK_D), tl.float32)
+                elapsed = tl.zeros((SHARE, BLOCK_D), tl.float32)
         for i in tl.static_range(STEPS):
             u, delta, z, b, c = held[i]
             u = u.to(tl.float32)
             delta = step_of(delta, bias, DELTA_SOFTPLUS)
+            if gathers:
+                state, elapsed = gather(state, elapsed, u, delta, a, b)
             h, y = advance(h, u, delta, a, b, c, STATES, LANES, SHARE, BLOCK_D)
             token, pointers = read_token(
                 *(pointers, strides, mask_d, b_step, c_step, HAS_Z, STATES, LANES, whole_d)
@@ -175,12 +216,14 @@ def selective_scan_kernel(
             tokens = tokens + (token,)
             store(y_ptrs, finish(y, u, skip, z, HAS_Z), mask_d, whole_d)
             y_ptrs += y_stride
-    for _ in tl.static_range(LENGTH % STEPS):
+    if gathers and STEPS == CHUNK:  # else the last block is in the middle of a chunk
+        h = (carry(state, elapsed, before, a),)
+    for _ in tl.static_range(tokens_here % STEPS):
         token, pointers = read_token(
             *(pointers, strides, mask_d, b_step, c_step, HAS_Z, STATES, LANES, whole_d)
         )
         tokens = tokens + (token,)
-    for i in tl.static_range(STEPS + LENGTH % STEPS):
+    for i in tl.static_range(STEPS + tokens_here % STEPS):
         u, delta, z, b, c = tokens[i]
         u = u.to(tl.float32)
         delta = step_of(delta, bias, DELTA_SOFTPLUS)
