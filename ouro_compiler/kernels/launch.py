@@ -21,6 +21,9 @@ from ouro_compiler.kernels.cache import load_kernel
 from ouro_compiler.kernels.spec import KernelSpec
 
 
+_LONGEST_GRID = 65_535  # in the second and third dimension
+
+
 @dataclass(frozen=True, kw_only=True)
 class Launch:
     """One kernel launch: args are the parameters that are no constants, in order."""
@@ -148,30 +151,32 @@ def scan_blocks(
     """The form of a scan of (scans, channels, length): constants that no bit depends on but CHUNK.
 
     A lane has a channel, where that keeps the GPU busy: two programs a multiprocessor, since two
-    directions are one launch and a multiprocessor has four schedulers. Else four lanes share a
-    channel's states (SHARE): four times the programs, each step in half the instructions.
+    directions are one launch and a multiprocessor has four schedulers. Else, and beyond 32 states,
+    four lanes share a channel's states (SHARE): four times the programs, each token in half the
+    instructions.
     STEPS is how many tokens' operands are held: four, to wait for none of them; one where a lane
-    has many states, whose registers are many and whose steps take long enough.
+    has many states, whose registers are many and whose tokens take long enough.
     CHUNK is `scan_chunk`'s. SPLIT gives each chunk its programs, in a launch more that reads u,
     delta and B once more: worth it while the GPU is idle otherwise. Four directions are one launch:
-    beyond half a program a multiprocessor, memory takes longer than a scan's steps do.
+    beyond half a program a multiprocessor, memory takes longer than a scan's tokens do.
     """
     lanes = min(4, next_power_of_2(states))
     block_d = scan_channels(channels)
+    blocks = -(-channels // block_d)
     chunk = scan_chunk(length, states)
-    programs = scans * -(-channels // block_d)
+    alone = chunk == length and (scans * blocks < 2 * multiprocessors or states > 32)
+    share = lanes if alone else 1
+    steps = min(4 if states <= 4 * share else 1, length)
     if chunk < length:
-        share, steps = 1, math.gcd(4, chunk)
-    else:
-        share = lanes if programs < 2 * multiprocessors else 1
-        steps = min(1 if states > 4 and share == 1 else 4, length)
+        steps = math.gcd(4, chunk)
+    split = chunk < length and 2 * scans * blocks < multiprocessors
     return {
         "LANES": lanes,
         "SHARE": share,
         "STEPS": steps,
         "BLOCK_D": block_d if share == 1 else 32 // share,
         "CHUNK": chunk,
-        "SPLIT": int(chunk < length and 2 * programs < multiprocessors),
+        "SPLIT": int(split and blocks * (length // chunk) <= _LONGEST_GRID),
     }
 
 

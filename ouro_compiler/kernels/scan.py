@@ -106,11 +106,11 @@ def _gather(
     B: Tensor,
     delta_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Of every chunk the sum of delta (B, chunks, D) and the state (B, chunks, N, D), fp32."""
+    """Of every chunk the sum of delta (B, chunks, D) and the state (B, chunks, D, N), fp32."""
     batch, channels, length = u.shape
     chunks = length // constants["CHUNK"]
     elapsed = u.new_empty(batch, chunks, channels, dtype=torch.float32)
-    state = u.new_empty(batch, chunks, A.shape[1], channels, dtype=torch.float32)
+    state = u.new_empty(batch, chunks, channels, A.shape[1], dtype=torch.float32)
     unused = ("SHARE", "SPLIT")
     spec = make_spec(
         Template.SCAN_CHUNKS,

@@ -153,6 +153,19 @@ def test_scan_of_one_image(states: int, loop: int) -> None:
         check_order(launches[0], arch, shuffles=2)
 
 
+def test_scan_in_chunks() -> None:
+    """A second state beside the first costs a token five instructions of 38."""
+    for batch, spans in ((1, 2), (32, 1)):
+        launches = recorded(lambda batch=batch: scan_case(96, 1, length=3136, batch=batch))  # type: ignore[misc]
+        assert [one.spec["CHUNK"] for one in launches] == [28] * spans
+        for launch, found in zip(launches, compiled(launches, 90), strict=True):
+            assert found.shared_bytes == 0
+            assert found.registers <= 80
+            tokens = launch.spec["STEPS"]
+            if launch.spec.template is Template.SCAN:
+                assert found.loops[-1] / tokens <= (38 if spans == 1 else 34) * 1.1
+
+
 def check_order(launch: Launch, arch: int, shuffles: int) -> None:
     """The operands of the next token are asked for before y is stored; `shuffles` a token."""
     instructions = instructions_of(launch, arch)
@@ -176,7 +189,7 @@ def test_scan_variants_and_conv(arch: int) -> None:
     assert compiled(recorded(lambda: conv_case(384)), arch)[0].registers <= 96
 
 
-@pytest.mark.parametrize(("states", "loop"), [(16, 168), (8, 112), (1, 59)])
+@pytest.mark.parametrize(("states", "loop"), [(16, 168), (8, 121), (1, 65)])
 def test_scan_dynamic_outlier(states: int, loop: int) -> None:
     """delta's codes cost a step some 35 instructions; B and C are dequantized once, before."""
     launches = recorded(lambda: scan_dynamic_outlier_case(384, states))
@@ -185,10 +198,19 @@ def test_scan_dynamic_outlier(states: int, loop: int) -> None:
     for arch in ARCHITECTURES:
         found = compiled(launches, arch)[-1]
         assert found.shared_bytes == 0, "B and C come to the lanes without shared memory"
-        assert found.registers <= (80 if arch == 89 else 64)
+        assert found.registers <= 96
         if arch == 90:
             assert len(found.loops) == 1
-            assert found.loops[0] <= loop * 1.1
+            assert found.loops[0] / launches[-1].spec["STEPS"] <= loop * 1.1
+
+
+def test_scan_dynamic_outlier_of_one_image() -> None:
+    launch = recorded(lambda: scan_dynamic_outlier_case(384, 16, batch=1))[-1]
+    (found,) = compiled([launch], 90)
+    assert (launch.spec["SHARE"], found.shared_bytes) == (4, 0)
+    assert found.registers <= 128
+    assert found.loops[0] / 4 <= 103 * 1.1
+    check_order(launch, 90, shuffles=2)
 
 
 @pytest.mark.parametrize("outlier_bits", [8, 16])
@@ -196,7 +218,7 @@ def test_scan_dynamic_outlier_with_everything(outlier_bits: int) -> None:
     options = {"outlier_bits": outlier_bits, "whole": True}
     for arch in (80, 90):
         found = compiled(recorded(lambda: scan_dynamic_outlier_case(384, 16, **options)), arch)[-1]
-        assert found.registers <= 96
+        assert found.registers <= 128
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

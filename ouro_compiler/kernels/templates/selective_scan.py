@@ -79,7 +79,7 @@ def selective_scan_kernel(
     z_ptr,  # (B, D, L), or None
     delta_bias_ptr,  # (D,), or None
     elapsed_ptr,  # fp32 (B, L / CHUNK, D) where SPLIT, else None: sums of delta
-    state_ptr,  # fp32 (B, L / CHUNK, N, D) where SPLIT, else None
+    state_ptr,  # fp32 (B, L / CHUNK, D, N) where SPLIT, else None
     y_ptr,  # (B, D, L), memory as (B, L, D)
     stride_ad,
     stride_an,
@@ -177,14 +177,14 @@ def selective_scan_kernel(
         columns: tl.constexpr = CHANNELS * GROUPS
         chunks: tl.constexpr = LENGTH // CHUNK
         elapsed_ptrs = elapsed_ptr + sample * chunks * columns + offs_d
-        state_ptrs = state_ptr + (sample * chunks * STATES + row) * columns + offs_d
+        state_ptrs = state_ptr + (sample * chunks * columns + offs_d) * STATES + row
         mask = mask_d & (row < STATES)
         for _ in range(chunk):
             elapsed = load(elapsed_ptrs, mask_d, whole_d)
             state = load(state_ptrs, mask, whole_d and STATES == LANES)
             before = carry(state, elapsed, before, a)
             elapsed_ptrs += columns
-            state_ptrs += STATES * columns
+            state_ptrs += columns * STATES
         h = (before,)
     gathers: tl.constexpr = CHUNK < LENGTH and not SPLIT
     tokens_here: tl.constexpr = CHUNK if SPLIT else LENGTH
@@ -197,7 +197,7 @@ def selective_scan_kernel(
     for block in range(tokens_here // STEPS - 1):
         held = tokens
         tokens = ()
-        if gathers:
+        if gathers:  # noqa: SIM102 (this is known when compiling, the next is not)
             if block * STEPS % CHUNK == 0:
                 before = carry(state, elapsed, before, a)
                 h = (before,)

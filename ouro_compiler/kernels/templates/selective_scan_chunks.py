@@ -29,7 +29,7 @@ def selective_scan_chunks_kernel(
     b_ptr,  # (B, G, N, L)
     delta_bias_ptr,  # (D,), or None
     elapsed_ptr,  # fp32 (B, L / CHUNK, D): sums of delta
-    state_ptr,  # fp32 (B, L / CHUNK, N, D)
+    state_ptr,  # fp32 (B, L / CHUNK, D, N)
     stride_ad,
     stride_an,
     stride_ub,
@@ -92,5 +92,5 @@ def selective_scan_chunks_kernel(
     columns: tl.constexpr = CHANNELS * GROUPS
     place = sample * (LENGTH // CHUNK) + chunk
     tl.store(elapsed_ptr + place * columns + offs_d, elapsed, mask=mask_d)
-    state_ptrs = state_ptr + (place * STATES + row) * columns + offs_d
+    state_ptrs = state_ptr + (place * columns + offs_d) * STATES + row
     tl.store(state_ptrs, state, mask=mask_d & (row < STATES))
