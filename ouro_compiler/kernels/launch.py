@@ -20,7 +20,6 @@ from torch import Tensor
 from ouro_compiler.kernels.cache import load_kernel
 from ouro_compiler.kernels.spec import KernelSpec
 
-
 _LONGEST_GRID = 65_535  # in the second and third dimension
 
 
