@@ -105,23 +105,28 @@ def scan_dynamic_outlier_case(
     outlier_bits: int = 8,
     whole: bool = False,
     batch: int = BATCH,
+    length: int = LENGTH,
 ) -> None:
     """Launch a scan on quantized operands; `whole` adds softplus, delta's bias and the gate."""
 
     def operand(columns: int, zero: bool) -> list[Tensor | None]:
         return [
-            torch.empty(batch, LENGTH, columns, dtype=torch.int8),
-            _scales()[0],
-            torch.empty(LENGTH, dtype=torch.uint8) if zero else None,
-            torch.empty(batch, LENGTH),
-            torch.empty(batch, WINDOWS, columns, dtype=torch.uint8),
-            torch.empty(batch, LENGTH, columns) if outlier_bits == 16 else None,
+            torch.empty(batch, length, columns, dtype=torch.int8),
+            torch.empty(length, dtype=HALF),
+            torch.empty(length, dtype=torch.uint8) if zero else None,
+            torch.empty(batch, length),
+            torch.empty(batch, -(-length // PERIOD), columns, dtype=torch.uint8),
+            torch.empty(batch, length, columns) if outlier_bits == 16 else None,
         ]
 
     scan_dynamic_outlier.selective_scan_dynamic_outlier(
-        *(_tokens(channels, FULL, batch), operand(channels, True), torch.empty(channels, states)),
+        *(
+            _tokens(channels, FULL, batch, length),
+            operand(channels, True),
+            torch.empty(channels, states),
+        ),
         *(operand(states, False), operand(states, False), torch.empty(channels)),
-        _tokens(channels, FULL, batch) if whole else None,
+        _tokens(channels, FULL, batch, length) if whole else None,
         torch.empty(channels) if whole else None,
         *(whole, 4, outlier_bits, PERIOD, False),
     )
@@ -208,6 +213,8 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     for states in (16, 8, 1):
         yield f"scan N={states} on codes", _bind(scan_dynamic_outlier_case, 384, states)
     yield "scan N=16 on codes batch 1", _bind(scan_dynamic_outlier_case, 384, 16, batch=1)
+    codes = {"length": 3136, "batch": 1}
+    yield "scan N=1 codes in chunks", _bind(scan_dynamic_outlier_case, 96, 1, **codes)
     yield "scan N=16 codes, fp", _bind(scan_dynamic_outlier_case, 384, 16, outlier_bits=16)
     yield "scan N=16 codes, whole", _bind(scan_dynamic_outlier_case, 384, 16, whole=True)
     for states in (16, 8, 1):

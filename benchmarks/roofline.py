@@ -115,8 +115,8 @@ def _work(launch: Launch) -> Work:
         states = elements * spec["STATES"]
         soft = 2 * elements if constants.get("DELTA_SOFTPLUS") else 0
         gate = elements if constants.get("HAS_Z") else 0
-        chunks = spec.template is Template.SCAN_CHUNKS or constants.get("SPLIT")
-        tokens = spec["CHUNK"] if chunks else spec["LENGTH"]
+        whole = spec.template is Template.QUANTIZED_SCAN or constants.get("SPLIT") == 0
+        tokens = spec["LENGTH"] if whole else spec["CHUNK"]
         alone = constants.get("STEPS", 1) == 1
         return Work(
             bytes=moved,

@@ -75,7 +75,10 @@ def selective_scan(
     gathered: tuple[Tensor | None, Tensor | None] = (None, None)
     if form["SPLIT"]:
         grid = (batch, groups, grid[2] * (length // form["CHUNK"]))
-        gathered = _gather(constants, grid, u, delta, A, B, delta_bias)
+        gathered = gather_chunks(
+            *(Template.SCAN_CHUNKS, constants, grid, (u, delta, A, B, delta_bias)),
+            (*A.stride(), *u.stride(), *delta.stride(), *B.stride()),
+        )
     unit, matrix_strides = state_strides(B, C)
     spec = make_spec(
         Template.SCAN,
@@ -97,30 +100,31 @@ def selective_scan(
     return y
 
 
-def _gather(
+def gather_chunks(
+    template: Template,
     constants: Mapping[str, int],
     grid: tuple[int, int, int],
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    delta_bias: Tensor | None,
+    operands: tuple[Tensor | None, ...],
+    strides: tuple[int, ...],
 ) -> tuple[Tensor, Tensor]:
-    """Of every chunk the sum of delta (B, chunks, D) and the state (B, chunks, D, N), fp32."""
-    batch, channels, length = u.shape
-    chunks = length // constants["CHUNK"]
-    elapsed = u.new_empty(batch, chunks, channels, dtype=torch.float32)
-    state = u.new_empty(batch, chunks, channels, A.shape[1], dtype=torch.float32)
+    """Of every chunk the sum of delta (B, chunks, D) and the state (B, chunks, D, N), fp32.
+
+    constants: those of the scan; operands: u (B, D, L) first.
+    """
+    u = operands[0]
+    assert u is not None
+    chunks = constants["LENGTH"] // constants["CHUNK"]
+    elapsed = u.new_empty(u.shape[0], chunks, u.shape[1], dtype=torch.float32)
+    state = u.new_empty(*elapsed.shape, constants["STATES"], dtype=torch.float32)
     unused = ("SHARE", "SPLIT")
     spec = make_spec(
-        Template.SCAN_CHUNKS,
+        template,
         {name: value for name, value in constants.items() if name not in unused},
         num_warps=1,
         num_stages=1,
         fp_fusion=False,
     )
-    strides = (*A.stride(), *u.stride(), *delta.stride(), *B.stride())
-    launch(spec, grid, u, delta, A, B, delta_bias, elapsed, state, *strides)
+    launch(spec, grid, *operands, elapsed, state, *strides)
     return elapsed, state
 
 

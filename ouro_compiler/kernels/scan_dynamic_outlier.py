@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ouro_compiler.kernels.launch import contiguous, launch, multiprocessors, scan_blocks
 from ouro_compiler.kernels.quantize import FLOATS, dequantize_dynamic_outlier
-from ouro_compiler.kernels.scan import refuse_scan, state_strides
+from ouro_compiler.kernels.scan import gather_chunks, refuse_scan, state_strides
 from ouro_compiler.kernels.spec import Template, make_spec
 from ouro_compiler.ops.library import empty_token_major
 from ouro_compiler.ops.quantize import window_length
@@ -51,30 +51,20 @@ def selective_scan_dynamic_outlier(
     if form is None:
         shape = (in_group, A.shape[1], length)
         form = scan_blocks(*shape, batch * groups, multiprocessors(u.device))
-    unit, matrix_strides = state_strides(b, c)
-    spec = make_spec(
-        Template.SCAN_DYNAMIC_OUTLIER,
-        {
-            "LENGTH": length,
-            "CHANNELS": in_group,
-            "GROUPS": groups,
-            "STATES": A.shape[1],
-            "WINDOW": window_length(refresh_period, length),
-            "INLIER_BITS": inlier_bits,
-            "OUTLIER_BITS": outlier_bits,
-            "ASYMMETRIC": step.zero_point is not None,
-            "REVERSE": reverse,
-            "HAS_D": D is not None,
-            "HAS_Z": z is not None,
-            "HAS_DELTA_BIAS": delta_bias is not None,
-            "DELTA_SOFTPLUS": delta_softplus,
-            "UNIT": unit,
-            **{name: value for name, value in form.items() if name not in ("CHUNK", "SPLIT")},
-        },
-        num_warps=1,
-        num_stages=1,
-        fp_fusion=False,
-    )
+    constants = {
+        "LENGTH": length,
+        "CHANNELS": in_group,
+        "GROUPS": groups,
+        "STATES": A.shape[1],
+        "WINDOW": window_length(refresh_period, length),
+        "INLIER_BITS": inlier_bits,
+        "OUTLIER_BITS": outlier_bits,
+        "ASYMMETRIC": step.zero_point is not None,
+        "REVERSE": reverse,
+        "HAS_DELTA_BIAS": delta_bias is not None,
+        "DELTA_SOFTPLUS": delta_softplus,
+        **form,
+    }
     quantized = (
         contiguous(step.codes, "delta's codes"),
         *(step.inlier_scale, step.zero_point),
@@ -82,19 +72,28 @@ def selective_scan_dynamic_outlier(
         contiguous(step.outlier_start, "delta's outlier_start"),
         step.x,
     )
-    vectors = (
-        None if D is None else contiguous(D, "D"),
-        z,
-        None if delta_bias is None else contiguous(delta_bias, "delta_bias"),
-    )
-    strides = (
-        *A.stride(),
-        *u.stride(),
-        *((0, 0, 0) if step.x is None else step.x.stride()),
-        *((0, 0, 0) if z is None else z.stride()),
-        *matrix_strides,
-        channels,
-    )
+    delta_bias = None if delta_bias is None else contiguous(delta_bias, "delta_bias")
+    strides = (*A.stride(), *u.stride(), *((0, 0, 0) if step.x is None else step.x.stride()))
     grid = (batch, groups, -(-in_group // form["BLOCK_D"]))
-    launch(spec, grid, u, *quantized, A, b, c, *vectors, y, *strides)
+    gathered: tuple[Tensor | None, Tensor | None] = (None, None)
+    if form["SPLIT"]:
+        grid = (batch, groups, grid[2] * (length // form["CHUNK"]))
+        gathered = gather_chunks(
+            *(Template.SCAN_DYNAMIC_OUTLIER_CHUNKS, constants, grid),
+            *((u, *quantized, A, b, delta_bias), (*strides, *b.stride())),
+        )
+    unit, matrix_strides = state_strides(b, c)
+    spec = make_spec(
+        Template.SCAN_DYNAMIC_OUTLIER,
+        {**constants, "HAS_D": D is not None, "HAS_Z": z is not None, "UNIT": unit},
+        num_warps=1,
+        num_stages=1,
+        fp_fusion=False,
+    )
+    skip = None if D is None else contiguous(D, "D")
+    strides += (*((0, 0, 0) if z is None else z.stride()), *matrix_strides, channels)
+    launch(
+        *(spec, grid, u, *quantized, A, b, c, skip, z, delta_bias, *gathered, y),
+        *strides,
+    )
     return y

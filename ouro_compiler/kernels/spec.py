@@ -22,6 +22,7 @@ class Template(str, Enum):
     SCAN = "selective_scan"
     SCAN_CHUNKS = "selective_scan_chunks"
     SCAN_DYNAMIC_OUTLIER = "selective_scan_dynamic_outlier"
+    SCAN_DYNAMIC_OUTLIER_CHUNKS = "selective_scan_dynamic_outlier_chunks"
     QUANTIZED_SCAN = "quantized_selective_scan"
     # C++ only
     QUANTIZE_STATIC = "quantize_static_outlier"

@@ -54,3 +54,28 @@ def test_scan_dynamic_outlier(index: int, device: str) -> None:
     A, vectors = moved["A"], (moved["D"], moved["z"], moved["delta_bias"], True, static[3])
     operands = (delta.transpose(1, 2), A, matrix(B, A), matrix(C, A))
     assert torch.equal(found, selective_scan(moved["u"], *operands, *vectors))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("index", range(2))
+def test_chunks_of_a_scan_dynamic_outlier(index: int, reverse: bool, device: str) -> None:
+    """Windows of five tokens in chunks of four and six: the bits of the scan that it replaces."""
+    states, groups, chunk, steps = ((1, 2, 4, 4), (3, 1, 6, 2))[index]
+    options: dict[str, Any] = {"groups": groups, "reverse": reverse, "period": 5}
+    given = dynamic_outlier_operands(
+        (2, 5 * groups, 12), states, outlier_bits=16 if index else 8, **options
+    )
+    moved = {
+        name: on(device, *one) if isinstance(one, list) else on(device, one)[0]
+        for name, one in given.items()
+    }
+    static = tuple(moved.values())[-4:]
+    delta, B, C = (dequantize_dynamic_outlier(*moved[name], *static) for name in OPERANDS)
+    A, vectors = moved["A"], (moved["D"], moved["z"], None, True, reverse)
+    operands = (delta.transpose(1, 2), A, matrix(B, A), matrix(C, A))
+    form = {**scan_blocks(5, states, 12, 1, 0), "CHUNK": chunk, "STEPS": steps}
+    expected = selective_scan(moved["u"], *operands, *vectors, form=form)
+    assert_close(expected.cpu(), selective_scan_dynamic_outlier_ref(*given.values()), 1e-5)
+    for split in (0, 1):
+        found = selective_scan_dynamic_outlier(*moved.values(), form={**form, "SPLIT": split})
+        assert torch.equal(found, expected)

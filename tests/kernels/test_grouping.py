@@ -16,6 +16,7 @@ from benchmarks.offline import (
     quantizer_cases,
     recorded,
     scan_case,
+    scan_dynamic_outlier_case,
 )
 from ouro_compiler.kernels.codegen import generate, template_functions
 from ouro_compiler.kernels.group_codegen import group_kernels, written_parameters
@@ -98,6 +99,8 @@ STORED = {
     Template.LINEAR: {"y_ptr", "columns_ptr"},
     Template.SCAN: {"y_ptr"},
     Template.SCAN_CHUNKS: {"elapsed_ptr", "state_ptr"},
+    Template.SCAN_DYNAMIC_OUTLIER: {"y_ptr"},
+    Template.SCAN_DYNAMIC_OUTLIER_CHUNKS: {"elapsed_ptr", "state_ptr"},
     Template.QUANTIZED_SCAN: {"y_ptr"},
     Template.CONV: {"y_ptr"},
 }
@@ -138,7 +141,8 @@ def _launches() -> list[Launch]:
     found += recorded(lambda: quantizer_cases(96))
     for case in (scan_case, quantized_scan_case):
         found += recorded(lambda case=case: case(96, 4))  # type: ignore[misc]
-    found += recorded(lambda: scan_case(96, 1, length=784, batch=1))
+    for case in (scan_case, scan_dynamic_outlier_case):
+        found += recorded(lambda case=case: case(96, 1, length=784, batch=1))  # type: ignore[misc]
     return found + recorded(lambda: conv_case(96))
 
 

@@ -136,6 +136,31 @@ def carry(state, elapsed, before, a):
 
 
 @triton.jit
+def state_before(
+    chunk,
+    elapsed_ptrs,
+    state_ptrs,
+    columns,
+    mask_d,
+    a,
+    STATES: tl.constexpr,
+    LANES: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """The state that a chunk starts from, one tile: pointers to what the first one gathered."""
+    before = tl.zeros((LANES, BLOCK_D), tl.float32)
+    row = tl.arange(0, LANES)[:, None] + tl.zeros((LANES, BLOCK_D), tl.int32)
+    for _ in range(chunk):
+        elapsed = load(elapsed_ptrs, mask_d, WHOLE)
+        state = load(state_ptrs, mask_d & (row < STATES), WHOLE and STATES == LANES)
+        before = carry(state, elapsed, before, a)
+        elapsed_ptrs += columns
+        state_ptrs += columns * STATES
+    return before
+
+
+@triton.jit
 def finish(y, u, skip, z, HAS_Z: tl.constexpr):
     """y with D u and the gate; skip is D, or None."""
     if skip is not None:

@@ -22,6 +22,7 @@ from ouro_compiler.kernels.templates.recurrence import (
     load,
     load_exponents,
     no_states,
+    state_before,
     step_of,
     store,
 )
@@ -176,15 +177,18 @@ def selective_scan_kernel(
     if SPLIT:
         columns: tl.constexpr = CHANNELS * GROUPS
         chunks: tl.constexpr = LENGTH // CHUNK
-        elapsed_ptrs = elapsed_ptr + sample * chunks * columns + offs_d
-        state_ptrs = state_ptr + (sample * chunks * columns + offs_d) * STATES + row
-        mask = mask_d & (row < STATES)
-        for _ in range(chunk):
-            elapsed = load(elapsed_ptrs, mask_d, whole_d)
-            state = load(state_ptrs, mask, whole_d and STATES == LANES)
-            before = carry(state, elapsed, before, a)
-            elapsed_ptrs += columns
-            state_ptrs += columns * STATES
+        before = state_before(
+            chunk,
+            elapsed_ptr + sample * chunks * columns + offs_d,
+            state_ptr + (sample * chunks * columns + offs_d) * STATES + row,
+            columns,
+            mask_d,
+            a,
+            STATES,
+            LANES,
+            BLOCK_D,
+            whole_d,
+        )
         h = (before,)
     gathers: tl.constexpr = CHUNK < LENGTH and not SPLIT
     tokens_here: tl.constexpr = CHUNK if SPLIT else LENGTH

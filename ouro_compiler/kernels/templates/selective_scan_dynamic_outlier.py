@@ -1,8 +1,8 @@
 """`ouro::selective_scan_dynamic_outlier`: `selective_scan` with delta read as codes.
 
 B and C come dequantized: here every lane would do that again for all states of every token, which
-is twice the instructions. Windows run in the scan's direction. Strides are not specialised, and
-operands are read ahead, as in `selective_scan`.
+is twice the instructions. Windows run in the scan's direction. Strides, operands read ahead and
+chunks are those of `selective_scan`; `selective_scan_dynamic_outlier_chunks` gathers.
 """
 
 import triton
@@ -11,12 +11,15 @@ import triton.language as tl
 from ouro_compiler.kernels.templates.dequantizer import dequantize_token, fetch_token
 from ouro_compiler.kernels.templates.recurrence import (
     advance,
+    carry,
     fetch,
     fetch_states,
     finish,
+    gather,
     load,
     load_exponents,
     no_states,
+    state_before,
     step_of,
     store,
 )
@@ -28,7 +31,6 @@ def read_token(
     strides,
     start_ptrs,
     columns,
-    t,
     mask_d,
     b_step,
     c_step,
@@ -39,7 +41,11 @@ def read_token(
     LANES: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """((u, delta's parts, z, b, c) of token t as stored, pointers of the next); z may be u."""
+    """((u, delta's parts, z, b, c) of one token as stored, pointers of the next); z may be u.
+
+    The last of the pointers is the token's number, in the scan's direction.
+    """
+    t = pointers[8]
     u = fetch(pointers[0], mask_d, WHOLE)
     window = t // WINDOW
     delta = fetch_token(
@@ -59,7 +65,7 @@ def read_token(
     b = fetch_states(pointers[2], b_step, STATES, LANES)
     c = fetch_states(pointers[3], c_step, STATES, LANES)
     following = ()
-    for i in tl.static_range(8):
+    for i in tl.static_range(9):
         following = following + (pointers[i] + strides[i],)
     return (u, delta, z, b, c), following
 
@@ -94,6 +100,8 @@ def selective_scan_dynamic_outlier_kernel(
     d_ptr,  # (D,), or None
     z_ptr,  # (B, D, L), or None
     delta_bias_ptr,  # (D,), or None
+    elapsed_ptr,  # fp32 (B, L / CHUNK, D) where SPLIT, else None: sums of delta
+    state_ptr,  # fp32 (B, L / CHUNK, D, N) where SPLIT, else None
     y_ptr,  # (B, D, L), memory as (B, L, D)
     stride_ad,
     stride_an,
@@ -118,6 +126,8 @@ def selective_scan_dynamic_outlier_kernel(
     LENGTH: tl.constexpr,
     CHANNELS: tl.constexpr,  # of one group
     GROUPS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SPLIT: tl.constexpr,
     STATES: tl.constexpr,
     WINDOW: tl.constexpr,
     INLIER_BITS: tl.constexpr,
@@ -136,7 +146,11 @@ def selective_scan_dynamic_outlier_kernel(
 ):
     sample = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1).to(tl.int64)
-    in_group = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    blocks: tl.constexpr = (CHANNELS + BLOCK_D - 1) // BLOCK_D
+    chunk = 0
+    if SPLIT:
+        chunk = tl.program_id(2) // blocks
+    in_group = tl.program_id(2) % blocks * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
     in_group += tl.zeros((SHARE, BLOCK_D), tl.int32)
     mask_d = in_group < CHANNELS
     offs_d = group * CHANNELS + in_group
@@ -152,8 +166,8 @@ def selective_scan_dynamic_outlier_kernel(
     if HAS_DELTA_BIAS:
         bias = load(delta_bias_ptr + offs_d, mask_d, whole_d)
 
-    first = (LENGTH - 1) * REVERSE
     direction = 1 - 2 * REVERSE
+    first = (LENGTH - 1) * REVERSE + direction * chunk * CHUNK
     u_ptrs = u_ptr + sample * stride_ub + first * stride_ul + offs_d * stride_ud
     codes_ptrs = codes_ptr + (sample * LENGTH + first) * columns + offs_d
     start_ptrs = outlier_start_ptr + sample * windows * columns + offs_d
@@ -194,6 +208,7 @@ def selective_scan_dynamic_outlier_kernel(
         outlier_ptrs,
         scale_ptrs,
         zero_point_ptrs,
+        tl.full((), 0, tl.int32) + chunk * CHUNK,
     )
     strides = (
         direction * stride_ul,
@@ -204,67 +219,70 @@ def selective_scan_dynamic_outlier_kernel(
         outlier_stride,
         direction,
         direction,
+        1,
     )
     y_stride = direction * stride_yl
-    whole: tl.constexpr = LENGTH // STEPS * STEPS
     h = no_states(STATES, LANES, BLOCK_D)
+    before = tl.zeros((LANES, BLOCK_D), tl.float32)
+    state = tl.zeros((LANES, BLOCK_D), tl.float32)
+    elapsed = tl.zeros((SHARE, BLOCK_D), tl.float32)
+    if SPLIT:
+        chunks: tl.constexpr = LENGTH // CHUNK
+        before = state_before(
+            chunk,
+            elapsed_ptr + sample * chunks * columns + offs_d,
+            state_ptr + (sample * chunks * columns + offs_d) * STATES + row,
+            columns,
+            mask_d,
+            a,
+            STATES,
+            LANES,
+            BLOCK_D,
+            whole_d,
+        )
+        h = (before,)
+    gathers: tl.constexpr = CHUNK < LENGTH and not SPLIT
+    tokens_here: tl.constexpr = CHUNK if SPLIT else LENGTH
     tokens = ()
-    for i in tl.static_range(STEPS):
+    for _ in tl.static_range(STEPS):
         token, pointers = read_token(
-            *(
-                pointers,
-                strides,
-                start_ptrs,
-                columns,
-                tl.full((), i, tl.int32),
-                mask_d,
-                b_step,
-                c_step,
-            ),
+            *(pointers, strides, start_ptrs, columns, mask_d, b_step, c_step),
             *(HAS_Z, WINDOW, OUTLIER_BITS, STATES, LANES, whole_d),
         )
         tokens = tokens + (token,)
-    for block in range(1, LENGTH // STEPS):
+    for block in range(tokens_here // STEPS - 1):
         held = tokens
         tokens = ()
+        if gathers:  # noqa: SIM102 (this is known when compiling, the next is not)
+            if block * STEPS % CHUNK == 0:
+                before = carry(state, elapsed, before, a)
+                h = (before,)
+                state = tl.zeros((LANES, BLOCK_D), tl.float32)
+                elapsed = tl.zeros((SHARE, BLOCK_D), tl.float32)
         for i in tl.static_range(STEPS):
             u, delta, z, b, c = held[i]
             u = u.to(tl.float32)
             delta = dequantize_token(delta, INLIER_BITS, OUTLIER_BITS, ASYMMETRIC)
             delta = step_of(delta, bias, DELTA_SOFTPLUS)
+            if gathers:
+                state, elapsed = gather(state, elapsed, u, delta, a, b)
             h, y = advance(h, u, delta, a, b, c, STATES, LANES, SHARE, BLOCK_D)
             token, pointers = read_token(
-                *(
-                    pointers,
-                    strides,
-                    start_ptrs,
-                    columns,
-                    block * STEPS + i,
-                    mask_d,
-                    b_step,
-                    c_step,
-                ),
+                *(pointers, strides, start_ptrs, columns, mask_d, b_step, c_step),
                 *(HAS_Z, WINDOW, OUTLIER_BITS, STATES, LANES, whole_d),
             )
             tokens = tokens + (token,)
             store(y_ptrs, finish(y, u, skip, z, HAS_Z), mask_d, whole_d)
             y_ptrs += y_stride
-    for i in tl.static_range(LENGTH % STEPS):
+    if gathers and STEPS == CHUNK:  # else the last block is in the middle of a chunk
+        h = (carry(state, elapsed, before, a),)
+    for _ in tl.static_range(tokens_here % STEPS):
         token, pointers = read_token(
-            *(
-                pointers,
-                strides,
-                start_ptrs,
-                columns,
-                tl.full((), whole + i, tl.int32),
-                mask_d,
-                b_step,
-                c_step,
-            ),
+            *(pointers, strides, start_ptrs, columns, mask_d, b_step, c_step),
             *(HAS_Z, WINDOW, OUTLIER_BITS, STATES, LANES, whole_d),
         )
         tokens = tokens + (token,)
-    for i in tl.static_range(STEPS + LENGTH % STEPS):
+    for i in tl.static_range(STEPS + tokens_here % STEPS):
         u, delta, z, b, c = tokens[i]
         u = u.to(tl.float32)
         delta = dequantize_token(delta, INLIER_BITS, OUTLIER_BITS, ASYMMETRIC)
