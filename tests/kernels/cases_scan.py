@@ -102,8 +102,8 @@ def test_chunks_of_a_scan(
 ) -> None:
     """Chunks one after the other or side by side: the same bits, and what the definition gives."""
     channels, length = 5 * groups, 12
-    u, delta, z = (randn(seed, 2, channels, length) for seed in (1, 2, 3))
-    B, C = (randn(seed, 2, groups, states, length) for seed in (4, 5))
+    u, delta, z = (randn(seed, 1, channels, length) for seed in (1, 2, 3))
+    B, C = (randn(seed, 1, groups, states, length) for seed in (4, 5))
     A, D, bias = -randn(6, channels, states).exp(), randn(7, channels), randn(8, channels)
     given = (u, delta, A, B, C, D, z, bias, True, reverse)
     form = {**scan_blocks(5, states, length, 1, 0), "CHUNK": chunk, "STEPS": steps}

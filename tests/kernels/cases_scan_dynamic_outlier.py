@@ -63,7 +63,7 @@ def test_chunks_of_a_scan_dynamic_outlier(index: int, reverse: bool, device: str
     states, groups, chunk, steps = ((1, 2, 4, 4), (3, 1, 6, 2))[index]
     options: dict[str, Any] = {"groups": groups, "reverse": reverse, "period": 5}
     given = dynamic_outlier_operands(
-        (2, 5 * groups, 12), states, outlier_bits=16 if index else 8, **options
+        (1, 5 * groups, 12), states, outlier_bits=16 if index else 8, **options
     )
     moved = {
         name: on(device, *one) if isinstance(one, list) else on(device, one)[0]
