@@ -179,6 +179,7 @@ def scan_blocks(
     }
 
 
+@functools.cache
 def scan_chunk(length: int, states: int) -> int:
     """Tokens of a chunk: a divisor of `length`, or all of it; from the shape alone.
 
