@@ -196,7 +196,12 @@ def scan_chunk(length: int, states: int) -> int:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """Of a CUDA device; of an H100 where that is not known, as when kernels are compiled ahead."""
+    """Of a CUDA device; of an H100 where that is not known, as when kernels are compiled ahead.
+
+    An interpreter is one: its programs run one after the other.
+    """
+    if interpreting():
+        return 1
     if device.type != "cuda" or not torch.cuda.is_available():
         return 132
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
