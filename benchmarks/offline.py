@@ -39,9 +39,11 @@ HALF, FULL = torch.float16, torch.float32
 SHORT = {HALF: "fp16", torch.bfloat16: "bf16", FULL: "fp32"}
 
 
-def _tokens(channels: int, dtype: torch.dtype = HALF) -> Tensor:
+def _tokens(
+    channels: int, dtype: torch.dtype = HALF, batch: int = BATCH, length: int = LENGTH
+) -> Tensor:
     """(B, D, L), memory as (B, L, D)."""
-    return torch.empty(BATCH, LENGTH, channels, dtype=dtype).transpose(1, 2)
+    return torch.empty(batch, length, channels, dtype=dtype).transpose(1, 2)
 
 
 def _scales() -> tuple[Tensor, Tensor]:
@@ -87,19 +89,21 @@ def scan_case(
     whole: bool = False,
     groups: int = 1,
     reverse: bool = False,
+    batch: int = BATCH,
+    length: int = LENGTH,
 ) -> None:
     """Launch a scan; `whole` adds softplus, delta's bias and the gate."""
     matrices = [
-        torch.empty(BATCH, LENGTH, groups * states).transpose(1, 2).unflatten(1, (groups, states))
+        torch.empty(batch, length, groups * states).transpose(1, 2).unflatten(1, (groups, states))
         for _ in range(2)
     ]
     scan.selective_scan(
-        _tokens(channels, dtype),
-        _tokens(channels, dtype),
+        _tokens(channels, dtype, batch, length),
+        _tokens(channels, dtype, batch, length),
         torch.empty(channels, states),
         *matrices,
         torch.empty(channels),
-        _tokens(channels, dtype) if whole else None,
+        _tokens(channels, dtype, batch, length) if whole else None,
         torch.empty(channels) if whole else None,
         whole,
         reverse,
@@ -107,24 +111,34 @@ def scan_case(
 
 
 def scan_dynamic_outlier_case(
-    channels: int, states: int, *, outlier_bits: int = 8, whole: bool = False
+    channels: int,
+    states: int,
+    *,
+    outlier_bits: int = 8,
+    whole: bool = False,
+    batch: int = BATCH,
+    length: int = LENGTH,
 ) -> None:
     """Launch a scan on quantized operands; `whole` adds softplus, delta's bias and the gate."""
 
     def operand(columns: int, zero: bool) -> list[Tensor | None]:
         return [
-            torch.empty(BATCH, LENGTH, columns, dtype=torch.int8),
-            _scales()[0],
-            torch.empty(LENGTH, dtype=torch.uint8) if zero else None,
-            torch.empty(BATCH, LENGTH),
-            torch.empty(BATCH, WINDOWS, columns, dtype=torch.uint8),
-            torch.empty(BATCH, LENGTH, columns) if outlier_bits == 16 else None,
+            torch.empty(batch, length, columns, dtype=torch.int8),
+            torch.empty(length, dtype=HALF),
+            torch.empty(length, dtype=torch.uint8) if zero else None,
+            torch.empty(batch, length),
+            torch.empty(batch, -(-length // PERIOD), columns, dtype=torch.uint8),
+            torch.empty(batch, length, columns) if outlier_bits == 16 else None,
         ]
 
     scan_dynamic_outlier.selective_scan_dynamic_outlier(
-        *(_tokens(channels, FULL), operand(channels, True), torch.empty(channels, states)),
+        *(
+            _tokens(channels, FULL, batch, length),
+            operand(channels, True),
+            torch.empty(channels, states),
+        ),
         *(operand(states, False), operand(states, False), torch.empty(channels)),
-        _tokens(channels, FULL) if whole else None,
+        _tokens(channels, FULL, batch, length) if whole else None,
         torch.empty(channels) if whole else None,
         *(whole, 4, outlier_bits, PERIOD, False),
     )
@@ -226,9 +240,19 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
             yield f"scan N={states} {SHORT[dtype]}", _bind(scan_case, 384, states, dtype=dtype)
     yield "scan N=16 gate, softplus", _bind(scan_case, 384, 16, whole=True)
     yield "scan N=16 reverse", _bind(scan_case, 384, 16, reverse=True)
+    for dtype in (HALF, FULL):
+        small = {"dtype": dtype, "batch": 1}
+        yield f"scan N=16 {SHORT[dtype]} batch 1", _bind(scan_case, 384, 16, **small)
+    yield "scan N=8 fp32 batch 1", _bind(scan_case, 384, 8, dtype=FULL, batch=1)
+    for batch in (1, BATCH):
+        chunks = {"dtype": FULL, "length": 3136, "batch": batch}
+        yield f"scan N=1 in chunks batch {batch}", _bind(scan_case, 96, 1, **chunks)
     yield "scan N=1 4 groups", _bind(scan_case, 384, 1, groups=4)
     for states in (16, 8, 1):
         yield f"scan N={states} on codes", _bind(scan_dynamic_outlier_case, 384, states)
+    yield "scan N=16 on codes batch 1", _bind(scan_dynamic_outlier_case, 384, 16, batch=1)
+    codes = {"length": 3136, "batch": 1}
+    yield "scan N=1 codes in chunks", _bind(scan_dynamic_outlier_case, 96, 1, **codes)
     yield "scan N=16 codes, fp", _bind(scan_dynamic_outlier_case, 384, 16, outlier_bits=16)
     yield "scan N=16 codes, whole", _bind(scan_dynamic_outlier_case, 384, 16, whole=True)
     for states in (16, 8, 1):
@@ -255,6 +279,7 @@ def group_cases() -> Iterator[tuple[str, Launch]]:
         ("x_proj, both directions", _bind(linear_case, 384, 44, packed=True, outlier_bits=8)),
         ("dt_proj, both directions", _bind(linear_case, 12, 384, packed=True, outlier_bits=8)),
         ("scan, both directions", _bind(scan_case, 384, 16)),
+        ("scan, both directions b1", _bind(scan_case, 384, 16, batch=1)),
     ):
         (launch,) = recorded(run)
         yield name, join([launch, other_direction(launch)])

@@ -20,7 +20,8 @@ from ouro_compiler.kernels.launch import Launch
 from ouro_compiler.kernels.spec import Epilogue, Template
 
 BETWEEN_LAUNCHES = 1.5e-6  # seconds between kernels of a CUDA graph: an assumption
-CYCLES_A_STEP = 200  # of a scan, 150 to 250 by the length of its chain of instructions
+CYCLES_A_TOKEN = 100  # of a scan that holds several tokens' operands: 60 to 120 instructions
+CYCLES_A_TOKEN_ALONE = 200  # of one that holds one token's: 125 to 190, and some of their way
 QUANTIZER_OPS = 24  # fp32 operations an element: compare, list, two divisions, clamp, round
 NORM_OPS = 8
 EPILOGUE_OPS = 6  # of an output: two scales, their sum, weight scale, bias, conversion
@@ -60,22 +61,22 @@ GPUS: Mapping[str, Gpu] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What a launch does: bytes, operations (a multiply-add is two), steps one after the other."""
+    """What a launch does: bytes, operations (a multiply-add is two), cycles of steps that wait."""
 
     bytes: int = 0
     int8: int = 0
     fp32: int = 0
     exponentials: int = 0
-    steps: int = 0
+    cycles: int = 0
 
     def __add__(self, other: Work) -> Work:
-        """Both at once: they share everything but the time of steps."""
+        """Both at once: they share everything but the cycles that they wait."""
         return Work(
             bytes=self.bytes + other.bytes,
             int8=self.int8 + other.int8,
             fp32=self.fp32 + other.fp32,
             exponentials=self.exponentials + other.exponentials,
-            steps=max(self.steps, other.steps),
+            cycles=max(self.cycles, other.cycles),
         )
 
     def seconds(self, gpu: Gpu) -> float:
@@ -85,7 +86,7 @@ class Work:
             self.int8 / gpu.int8,
             self.fp32 / gpu.fp32,
             self.exponentials / gpu.exponentials,
-            self.steps * CYCLES_A_STEP / gpu.clock,
+            self.cycles / gpu.clock,
         )
 
 
@@ -124,12 +125,15 @@ def _work(launch: Launch) -> Work:
     if "STATES" in constants:  # a scan
         states = elements * spec["STATES"]
         soft = 2 * elements if constants.get("DELTA_SOFTPLUS") else 0
-        gate = elements if spec["HAS_Z"] else 0
+        gate = elements if constants.get("HAS_Z") else 0
+        whole = spec.template is Template.QUANTIZED_SCAN or constants.get("SPLIT") == 0
+        tokens = spec["LENGTH"] if whole else spec["CHUNK"]
+        alone = constants.get("STEPS", 1) == 1
         return Work(
             bytes=moved,
             fp32=SCAN_OPS * states,
             exponentials=states + soft + gate,
-            steps=spec["LENGTH"],
+            cycles=tokens * (CYCLES_A_TOKEN_ALONE if alone else CYCLES_A_TOKEN),
         )
     taps = constants.get("TAPS", 0) + constants.get("TAPS_H", 0) * constants.get("TAPS_W", 0)
     operations = 2 * taps + NORM_OPS * ("RMS" in constants)

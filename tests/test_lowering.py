@@ -13,7 +13,7 @@ import ouro_compiler as ouro
 from ouro_compiler.graph import add_constant, get_constant, is_op
 from ouro_compiler.kernels.cuda import IMPLEMENTATIONS
 from ouro_compiler.kernels.launch import record_launches
-from ouro_compiler.kernels.plan import distinct_launches, plan_kernels
+from ouro_compiler.kernels.plan import distinct_launches, plan_kernels, plan_launches
 from ouro_compiler.lowering import weights  # noqa: F401  (registers its rules)
 from ouro_compiler.lowering.lower import lower
 from ouro_compiler.lowering.registry import RULES, LoweringRule, register
@@ -157,6 +157,11 @@ def test_plan_of_a_graph() -> None:
     distinct = distinct_launches(plans)
     assert len(distinct) < sum(len(plan.launches) for plan in plans)
     assert {launch.spec for launch in distinct} == {spec for one in specs for spec in one}
+    every = plan_launches(gm, "cuda")
+    busy = {launch.spec for launch in every} - {launch.spec for launch in distinct}
+    assert {spec.template.value for spec in busy} == {"selective_scan_dynamic_outlier"}
+    assert {spec["SHARE"] for spec in busy} == {1}, "a lane has a channel where there are many"
+    assert len(every) == len(distinct) + len(busy)
 
 
 def test_a_copy_is_a_row_with_its_reason() -> None:

@@ -200,10 +200,10 @@ def _compile(
 def _precompile(request: CompileRequest, compiled: CompiledModel) -> list[dict[str, Any]]:
     """Compile the artefact's kernels ahead, filling the caches; a row a kernel and architecture."""
     from ouro_compiler.kernels.offline import compile_ahead, parse_architectures
-    from ouro_compiler.kernels.plan import distinct_launches, plan_kernels
+    from ouro_compiler.kernels.plan import plan_launches
 
     assert request.precompile is not None
-    launches = distinct_launches(plan_kernels(compiled.graph_module, "cuda"))
+    launches = plan_launches(compiled.graph_module, "cuda")
     architectures = parse_architectures(request.precompile)
     rows = []
     with progress_bars(request.quiet) as progress:

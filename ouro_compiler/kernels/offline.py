@@ -64,14 +64,23 @@ def compile_ahead(launch: Launch, arch: int) -> Resources:
 
     Raises UsageError where Triton interprets.
     """
+    start = time.perf_counter()
+    compiled = _compile(launch, arch)
+    return _resources(compiled, arch, time.perf_counter() - start)
+
+
+def instructions_of(launch: Launch, arch: int) -> list[tuple[int, str, str]]:
+    """(address, instruction, operands) of what `compile_ahead` compiles."""
+    return parse_sass(_disassemble(_compile(launch, arch).asm["cubin"]))
+
+
+def _compile(launch: Launch, arch: int) -> Any:
     if interpreting():
         raise UsageError("TRITON_INTERPRET is set: kernels are interpreted, not compiled")
     kernel = load_kernel(launch.spec)
     args = [arg.dtype if isinstance(arg, Tensor) else arg for arg in launch.args]
-    start = time.perf_counter()
     with _driver_for(arch):
-        compiled = kernel.warmup(*args, grid=launch.grid, **launch_options(launch.spec))
-    return _resources(compiled, arch, time.perf_counter() - start)
+        return kernel.warmup(*args, grid=launch.grid, **launch_options(launch.spec))
 
 
 class _Driver:
@@ -154,7 +163,15 @@ def parse_sass(sass: str) -> list[tuple[int, str, str]]:
 
 
 def innermost_loops(instructions: list[tuple[int, str, str]]) -> tuple[int, ...]:
-    """Instruction counts of the loops that hold no other loop, by their backward branches."""
+    """Instruction counts of the loops that hold no other loop."""
+    return tuple(
+        sum(first <= at <= last for at, _, _ in instructions)
+        for first, last in loop_spans(instructions)
+    )
+
+
+def loop_spans(instructions: list[tuple[int, str, str]]) -> list[tuple[int, int]]:
+    """(first, last) address of the loops that hold no other loop, by their backward branches."""
     spans = set()
     for address, name, rest in instructions:
         target = re.search(r"0x([0-9a-f]+)", rest)
@@ -166,6 +183,4 @@ def innermost_loops(instructions: list[tuple[int, str, str]]) -> tuple[int, ...]
         for one in spans
         if not any(o != one and one[0] <= o[0] and o[1] <= one[1] for o in spans)
     ]
-    return tuple(
-        sum(first <= at <= last for at, _, _ in instructions) for first, last in sorted(inner)
-    )
+    return sorted(inner)

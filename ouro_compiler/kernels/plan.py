@@ -20,6 +20,7 @@ IMPLEMENTATIONS: Mapping[Target, Mapping[str, Implementation]] = {
     "cuda": cuda.IMPLEMENTATIONS,
 }
 NO_KERNEL = "no kernel is generated for this operator"
+_BATCHES = (1, 1024)  # scans have a form for an idle GPU and one for a busy one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,7 @@ class KernelPlan:
 def plan_kernels(gm: fx.GraphModule, target: Target, batch: int = 1) -> list[KernelPlan]:
     """A plan for every `ouro` node of a graph of one input (B, ...), in graph order.
 
-    Kernels do not depend on the batch; `batch` only gives the fake tensors a size.
+    Of all kernels only those of scans depend on the batch (`launch.scan_blocks`).
     """
     placeholder = next(node for node in gm.graph.nodes if node.op == "placeholder")
     like = placeholder.meta["val"]
@@ -51,6 +52,19 @@ def plan_kernels(gm: fx.GraphModule, target: Target, batch: int = 1) -> list[Ker
         planner = _Planner(gm, mode, IMPLEMENTATIONS[target])
         planner.run(images, enable_io_processing=False)
     return planner.plans
+
+
+def plan_launches(gm: fx.GraphModule, target: Target) -> list[Launch]:
+    """One launch for every kernel that a graph runs at some batch size."""
+    placeholder = next(node for node in gm.graph.nodes if node.op == "placeholder")
+    size = placeholder.meta["val"].shape[0]
+    first, *others = (size,) if isinstance(size, int) else _BATCHES
+    found = distinct_launches(plan_kernels(gm, target, first))
+    for batch in others:
+        specs = {one.spec for one in found}
+        more = distinct_launches(plan_kernels(gm, target, batch))
+        found += [one for one in more if one.spec not in specs]
+    return found
 
 
 def distinct_launches(plans: Iterable[KernelPlan]) -> list[Launch]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from ouro_compiler.kernels.launch import (
     contiguous,
     launch,
+    multiprocessors,
     next_power_of_2,
     places,
-    scan_channels,
+    scan_blocks,
 )
 from ouro_compiler.kernels.quantize import FLOATS
 from ouro_compiler.kernels.spec import Template, make_spec
@@ -43,8 +45,13 @@ def selective_scan(
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
     reverse: bool = False,
+    *,
+    form: Mapping[str, int] | None = None,
 ) -> Tensor:
-    """`selective_scan_ref` by kernel; every matrix may have any strides."""
+    """`selective_scan_ref` by kernel; every matrix may have any strides.
+
+    form: one of `scan_blocks`, by default the one for this batch and device. Bits are the same.
+    """
     check_scan(u, delta, A, B, C, D, z, delta_bias)
     batch, channels, length = delta.shape
     B, C = (matrix[:, None] if matrix.dim() == 3 else matrix for matrix in (B, C))
@@ -52,42 +59,92 @@ def selective_scan(
     in_group = channels // groups
     y = empty_token_major(u)
     at = places(u.movedim(1, -1))
-    block_d = scan_channels(in_group)
+    of_u = (at.sample, at.channel, at.row, at.token)
+    if form is None:
+        shape = (in_group, A.shape[1], length)
+        form = scan_blocks(*shape, batch * groups, multiprocessors(u.device))
+    constants = {
+        "LENGTH": length,
+        "MAP_WIDTH": at.width,
+        "CHANNELS": in_group,
+        "GROUPS": groups,
+        "STATES": A.shape[1],
+        "REVERSE": reverse,
+        "HAS_DELTA_BIAS": delta_bias is not None,
+        "DELTA_SOFTPLUS": delta_softplus,
+        **form,
+    }
+    delta_bias = None if delta_bias is None else contiguous(delta_bias, "delta_bias")
+    grid = (batch, groups, -(-in_group // form["BLOCK_D"]))
+    gathered: tuple[Tensor | None, Tensor | None] = (None, None)
+    if form["SPLIT"]:
+        grid = (batch, groups, grid[2] * (length // form["CHUNK"]))
+        gathered = gather_chunks(
+            *(Template.SCAN_CHUNKS, constants, grid, (u, delta, A, B, delta_bias)),
+            (*A.stride(), *of_u, *delta.stride(), *B.stride()),
+        )
+    unit, matrix_strides = state_strides(B, C)
     spec = make_spec(
         Template.SCAN,
-        {
-            "LENGTH": length,
-            "MAP_WIDTH": at.width,
-            "CHANNELS": in_group,
-            "STATES": A.shape[1],
-            "REVERSE": reverse,
-            "HAS_D": D is not None,
-            "HAS_Z": z is not None,
-            "HAS_DELTA_BIAS": delta_bias is not None,
-            "DELTA_SOFTPLUS": delta_softplus,
-            "BLOCK_N": next_power_of_2(A.shape[1]),
-            "BLOCK_D": block_d,
-        },
+        {**constants, "HAS_D": D is not None, "HAS_Z": z is not None, "UNIT": unit},
         num_warps=1,
         num_stages=1,
+        fp_fusion=False,
     )
-    vectors = (
-        None if D is None else contiguous(D, "D"),
-        z,
-        None if delta_bias is None else contiguous(delta_bias, "delta_bias"),
-    )
+    skip = None if D is None else contiguous(D, "D")
     strides = (
         *A.stride(),
-        *(at.sample, at.channel, at.row, at.token),
+        *of_u,
         *delta.stride(),
         *((0, 0, 0) if z is None else z.stride()),
-        *B.stride(),
-        *C.stride(),
+        *matrix_strides,
         channels,
     )
-    grid = (batch, groups, -(-in_group // block_d))
-    launch(spec, grid, u, delta, A, B, C, *vectors, y, *strides)
+    launch(spec, grid, u, delta, A, B, C, skip, z, delta_bias, *gathered, y, *strides)
     return y
+
+
+def gather_chunks(
+    template: Template,
+    constants: Mapping[str, int],
+    grid: tuple[int, int, int],
+    operands: tuple[Tensor | None, ...],
+    strides: tuple[int | None, ...],
+) -> tuple[Tensor, Tensor]:
+    """Of every chunk the sum of delta (B, chunks, D) and the state (B, chunks, D, N), fp32.
+
+    constants: those of the scan; operands: u (B, D, L) or (B, D, H, W) first.
+    """
+    u = operands[0]
+    assert u is not None
+    chunks = constants["LENGTH"] // constants["CHUNK"]
+    elapsed = u.new_empty(u.shape[0], chunks, u.shape[1], dtype=torch.float32)
+    state = u.new_empty(*elapsed.shape, constants["STATES"], dtype=torch.float32)
+    unused = ("SHARE", "SPLIT")
+    spec = make_spec(
+        template,
+        {name: value for name, value in constants.items() if name not in unused},
+        num_warps=1,
+        num_stages=1,
+        fp_fusion=False,
+    )
+    launch(spec, grid, *operands, elapsed, state, *strides)
+    return elapsed, state
+
+
+def state_strides(B: Tensor, C: Tensor) -> tuple[int, list[int]]:
+    """(unit, strides of B and C (B, G, N, L), N's in elements and the others in units).
+
+    Where four states lie together, and every column starts at a multiple of four, the unit is four:
+    a column is then read four states at a time, if memory itself is aligned, which Triton checks.
+    """
+    strides = [*B.stride(), *C.stride()]
+    others = [stride for index, stride in enumerate(strides) if index % 4 != 2]
+    together = strides[2] == strides[6] == 1 and B.shape[2] > 2
+    unit = 4 if together and not any(stride % 4 for stride in others) else 1
+    return unit, [
+        stride if index % 4 == 2 else stride // unit for index, stride in enumerate(strides)
+    ]
 
 
 def causal_conv1d(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -9,12 +10,12 @@ from torch import Tensor
 from ouro_compiler.kernels.launch import (
     contiguous,
     launch,
-    next_power_of_2,
+    multiprocessors,
     places,
-    scan_channels,
+    scan_blocks,
 )
 from ouro_compiler.kernels.quantize import FLOATS, dequantize_dynamic_outlier
-from ouro_compiler.kernels.scan import refuse_scan
+from ouro_compiler.kernels.scan import gather_chunks, refuse_scan, state_strides
 from ouro_compiler.kernels.spec import Template, make_spec
 from ouro_compiler.ops.library import empty_token_major
 from ouro_compiler.ops.quantize import window_length
@@ -43,8 +44,9 @@ def selective_scan_dynamic_outlier(
     delta_bias: Tensor | None,
     delta_softplus: bool,
     *static: Any,
+    form: Mapping[str, int] | None = None,
 ) -> Tensor:
-    """`selective_scan_dynamic_outlier_ref` by kernels: B and C, then the scan."""
+    """`selective_scan_dynamic_outlier_ref` by kernels: B and C, then the scan (`form` as there)."""
     step, *both = check(u, delta, A, B, C, D, z, delta_bias, static)
     b, c = (matrix(dequantize_dynamic_outlier(*one, *static), A) for one in both)
     inlier_bits, outlier_bits, refresh_period, reverse = static
@@ -53,30 +55,25 @@ def selective_scan_dynamic_outlier(
     in_group = channels // groups
     y = empty_token_major(u)
     at = places(u.movedim(1, -1))
-    block_d = scan_channels(in_group)
-    spec = make_spec(
-        Template.SCAN_DYNAMIC_OUTLIER,
-        {
-            "LENGTH": length,
-            "MAP_WIDTH": at.width,
-            "CHANNELS": in_group,
-            "GROUPS": groups,
-            "STATES": A.shape[1],
-            "WINDOW": window_length(refresh_period, length),
-            "INLIER_BITS": inlier_bits,
-            "OUTLIER_BITS": outlier_bits,
-            "ASYMMETRIC": step.zero_point is not None,
-            "REVERSE": reverse,
-            "HAS_D": D is not None,
-            "HAS_Z": z is not None,
-            "HAS_DELTA_BIAS": delta_bias is not None,
-            "DELTA_SOFTPLUS": delta_softplus,
-            "BLOCK_N": next_power_of_2(A.shape[1]),
-            "BLOCK_D": block_d,
-        },
-        num_warps=1,
-        num_stages=1,
-    )
+    of_u = (at.sample, at.channel, at.row, at.token)
+    if form is None:
+        shape = (in_group, A.shape[1], length)
+        form = scan_blocks(*shape, batch * groups, multiprocessors(u.device))
+    constants = {
+        "LENGTH": length,
+        "MAP_WIDTH": at.width,
+        "CHANNELS": in_group,
+        "GROUPS": groups,
+        "STATES": A.shape[1],
+        "WINDOW": window_length(refresh_period, length),
+        "INLIER_BITS": inlier_bits,
+        "OUTLIER_BITS": outlier_bits,
+        "ASYMMETRIC": step.zero_point is not None,
+        "REVERSE": reverse,
+        "HAS_DELTA_BIAS": delta_bias is not None,
+        "DELTA_SOFTPLUS": delta_softplus,
+        **form,
+    }
     quantized = (
         contiguous(step.codes, "delta's codes"),
         *(step.inlier_scale, step.zero_point),
@@ -84,20 +81,28 @@ def selective_scan_dynamic_outlier(
         contiguous(step.outlier_start, "delta's outlier_start"),
         step.x,
     )
-    vectors = (
-        None if D is None else contiguous(D, "D"),
-        z,
-        None if delta_bias is None else contiguous(delta_bias, "delta_bias"),
+    delta_bias = None if delta_bias is None else contiguous(delta_bias, "delta_bias")
+    strides = (*A.stride(), *of_u, *((0, 0, 0) if step.x is None else step.x.stride()))
+    grid = (batch, groups, -(-in_group // form["BLOCK_D"]))
+    gathered: tuple[Tensor | None, Tensor | None] = (None, None)
+    if form["SPLIT"]:
+        grid = (batch, groups, grid[2] * (length // form["CHUNK"]))
+        gathered = gather_chunks(
+            *(Template.SCAN_DYNAMIC_OUTLIER_CHUNKS, constants, grid),
+            *((u, *quantized, A, b, delta_bias), (*strides, *b.stride())),
+        )
+    unit, matrix_strides = state_strides(b, c)
+    spec = make_spec(
+        Template.SCAN_DYNAMIC_OUTLIER,
+        {**constants, "HAS_D": D is not None, "HAS_Z": z is not None, "UNIT": unit},
+        num_warps=1,
+        num_stages=1,
+        fp_fusion=False,
     )
-    strides = (
-        *A.stride(),
-        *(at.sample, at.channel, at.row, at.token),
-        *((0, 0, 0) if step.x is None else step.x.stride()),
-        *((0, 0, 0) if z is None else z.stride()),
-        *b.stride(),
-        *c.stride(),
-        channels,
+    skip = None if D is None else contiguous(D, "D")
+    strides += (*((0, 0, 0) if z is None else z.stride()), *matrix_strides, channels)
+    launch(
+        *(spec, grid, u, *quantized, A, b, c, skip, z, delta_bias, *gathered, y),
+        *strides,
     )
-    grid = (batch, groups, -(-in_group // block_d))
-    launch(spec, grid, u, *quantized, A, b, c, *vectors, y, *strides)
     return y

@@ -23,7 +23,9 @@ class Template(str, Enum):
     CONV = "causal_conv1d"
     DEPTHWISE_CONV = "depthwise_conv"
     SCAN = "selective_scan"
+    SCAN_CHUNKS = "selective_scan_chunks"
     SCAN_DYNAMIC_OUTLIER = "selective_scan_dynamic_outlier"
+    SCAN_DYNAMIC_OUTLIER_CHUNKS = "selective_scan_dynamic_outlier_chunks"
     QUANTIZED_SCAN = "quantized_selective_scan"
     QUANTIZING_LINEAR = "quantizing_linear"  # two launches as one
     # C++ only

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from ouro_compiler.kernels.launch import scan_blocks
 from ouro_compiler.kernels.quantize import quantize_dynamic_outlier
 from ouro_compiler.kernels.scan import selective_scan
 from ouro_compiler.kernels.scan_dynamic_outlier import selective_scan_dynamic_outlier
@@ -52,6 +53,42 @@ def test_scan_of_maps(index: int, reverse: bool, device: str) -> None:
     found = selective_scan(u.to(device), *on(device, *args))
     assert_token_major(found)
     assert_close(found.cpu(), selective_scan_ref(row, *args), 1e-5)
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 132], ids=["busy", "idle"])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_scan_of_maps_in_chunks(reverse: bool, multiprocessors: int, device: str) -> None:
+    """A chunk starts in the middle of a column; the bits are those of the tokens in a row."""
+    u = columns(map_in((1, 2, 0), (1, 8, 14, 20)))
+    row = in_order(u)
+    form = scan_blocks(8, 1, 280, 1, multiprocessors)
+    assert form["CHUNK"] < 280
+    assert form["CHUNK"] % 14
+    assert form["SPLIT"] == (multiprocessors > 1)
+    delta, (B, C) = randn(1, *row.shape).abs() * 0.3, (randn(seed, 1, 1, 280) for seed in (3, 4))
+    args = (delta, -randn(7, 8, 1).abs(), B, C, randn(5, 8), None, None, True, reverse)
+    given = on(device, *args)
+    found = selective_scan(u.to(device), *given, form=form)
+    assert torch.equal(found, selective_scan(row.to(device), *given, form=form))
+    assert_close(found.cpu(), selective_scan_ref(row, *args), 1e-5)
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 132], ids=["busy", "idle"])
+def test_scan_on_codes_of_maps_in_chunks(multiprocessors: int, device: str) -> None:
+    operands = dynamic_outlier_operands((1, 8, 280), 1, period=10, reverse=True)
+    u = columns(map_in((1, 2, 0), (1, 8, 14, 20)))
+    form = scan_blocks(8, 1, 280, 1, multiprocessors)
+
+    def moved(value: Any) -> Any:
+        return on(device, *value) if isinstance(value, list) else on(device, value)[0]
+
+    rows, maps = (
+        selective_scan_dynamic_outlier(
+            *(moved(value) for value in {**operands, "u": one}.values()), form=form
+        )
+        for one in (in_order(u), u)
+    )
+    assert torch.equal(rows, maps)
 
 
 @pytest.mark.parametrize("reverse", [False, True])

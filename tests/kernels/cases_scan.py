@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from ouro_compiler.kernels.depthwise_conv import depthwise_conv
+from ouro_compiler.kernels.launch import scan_blocks
 from ouro_compiler.kernels.scan import causal_conv1d, selective_scan
 from ouro_compiler.ops.causal_conv1d import causal_conv1d_ref
+from ouro_compiler.ops.chunked_scan import groups_of
 from ouro_compiler.ops.depthwise_conv import depthwise_conv_ref
 from ouro_compiler.ops.selective_scan import selective_scan_ref
 from tests.helpers import (
@@ -26,16 +28,16 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ROUNDING = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 # (batch, channels, length, states, groups)
 SHAPES = [
-    (1, 96, 1, 16, 1),
-    (3, 40, 9, 16, 1),
-    (1, 130, 10, 8, 1),
-    (3, 64, 10, 1, 4),
-    (1, 64, 50, 16, 2),
-    (3, 33, 50, 8, 1),
-    (1, 32, 197, 16, 1),
-    (1, 96, 197, 1, 1),
+    (1, 40, 1, 16, 1),
+    (2, 12, 9, 16, 1),
+    (1, 42, 6, 8, 1),
+    (1, 16, 5, 1, 4),
+    (1, 16, 9, 16, 2),
+    (1, 33, 6, 8, 1),
+    (1, 8, 31, 16, 1),
+    (1, 32, 30, 1, 1),
     (1, 24, 9, 5, 3),
-    (3, 96, 1, 1, 1),
+    (2, 6, 3, 2, 1),
 ]
 
 
@@ -67,21 +69,61 @@ def operands(index: int, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     }
 
 
+def forms(given: dict[str, Any]) -> list[dict[str, int]]:
+    """Those of a busy GPU and of an idle one, and the first with more tokens held."""
+    channels = given["u"].shape[1] // groups_of(given["B"])
+    shape = (channels, given["A"].shape[1], given["u"].shape[2])
+    busy, idle = (scan_blocks(*shape, 1, count) for count in (0, 1000))
+    return [busy, idle, {**busy, "STEPS": min(3, shape[2])}]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("index", range(len(SHAPES)))
 def test_scan(index: int, dtype: torch.dtype, device: str) -> None:
     given = operands(index, dtype)
-    found = selective_scan(*on(device, *given.values()))
+    form = forms(given)[(index + DTYPES.index(dtype)) % 2]
+    found = selective_scan(*on(device, *given.values()), form=form)
     assert_token_major(found)
     assert_close(found.cpu(), selective_scan_ref(**given), ROUNDING[dtype])
+
+
+@pytest.mark.parametrize("index", range(len(SHAPES)))
+def test_forms_of_a_scan_give_the_same_bits(index: int, device: str) -> None:
+    args = on(device, *operands(index).values())
+    expected, *others = (selective_scan(*args, form=form) for form in forms(operands(index)))
+    for found in (*others, selective_scan(*args)):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(
+    ("states", "groups", "chunk", "steps"), [(1, 2, 4, 2), (3, 1, 6, 3), (2, 1, 2, 2), (4, 1, 3, 1)]
+)
+def test_chunks_of_a_scan(
+    states: int, groups: int, chunk: int, steps: int, reverse: bool, device: str
+) -> None:
+    """Chunks one after the other or side by side: the same bits, and what the definition gives."""
+    channels, length = 5 * groups, 12
+    u, delta, z = (randn(seed, 1, channels, length) for seed in (1, 2, 3))
+    B, C = (randn(seed, 1, groups, states, length) for seed in (4, 5))
+    A, D, bias = -randn(6, channels, states).exp(), randn(7, channels), randn(8, channels)
+    given = (u, delta, A, B, C, D, z, bias, True, reverse)
+    form = {**scan_blocks(5, states, length, 1, 0), "CHUNK": chunk, "STEPS": steps}
+    one, split, whole = (
+        selective_scan(*on(device, *given), form={**form, "SHARE": 1, "BLOCK_D": 8, **other})
+        for other in ({}, {"SPLIT": 1}, {"CHUNK": length})
+    )
+    assert torch.equal(one, split)
+    assert_close(split.cpu(), selective_scan_ref(*given), 1e-5)
+    assert_close(whole.cpu(), selective_scan_ref(*given), 1e-5)
 
 
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("states", [1, 8, 16])
 def test_scan_against_mamba(states: int, reverse: bool, device: str) -> None:
-    u, delta, z = (randn(seed, 2, 12, 21) for seed in (1, 2, 3))
+    u, delta, z = (randn(seed, 2, 12, 15) for seed in (1, 2, 3))
     A, D, bias = -randn(4, 12, states).exp(), randn(5, 12), randn(6, 12)
-    B, C = randn(7, 2, states, 21), randn(8, 2, states, 21)
+    B, C = randn(7, 2, states, 15), randn(8, 2, states, 15)
     args = on(device, u, delta, A, B, C, D, z, bias, True)
     found = selective_scan(*args, reverse).cpu()
     turned = [t.flip(-1) if reverse else t for t in (u, delta, B, C, z)]

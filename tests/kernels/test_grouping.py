@@ -16,10 +16,11 @@ from benchmarks.offline import (
     quantizer_cases,
     recorded,
     scan_case,
+    scan_dynamic_outlier_case,
 )
 from ouro_compiler.kernels.codegen import generate, template_functions
 from ouro_compiler.kernels.group_codegen import group_kernels, written_parameters
-from ouro_compiler.kernels.grouping import Access, group_steps, join, split, written
+from ouro_compiler.kernels.grouping import Access, group_steps, join, joinable, split, written
 from ouro_compiler.kernels.launch import Launch
 from ouro_compiler.kernels.spec import KernelSpec, Template
 from tests.helpers import REPEATABLE
@@ -100,6 +101,9 @@ STORED = {
     Template.DEQUANTIZE: {"y_ptr"},
     Template.LINEAR: {"y_ptr", "columns_ptr"},
     Template.SCAN: {"y_ptr"},
+    Template.SCAN_CHUNKS: {"elapsed_ptr", "state_ptr"},
+    Template.SCAN_DYNAMIC_OUTLIER: {"y_ptr"},
+    Template.SCAN_DYNAMIC_OUTLIER_CHUNKS: {"elapsed_ptr", "state_ptr"},
     Template.QUANTIZED_SCAN: {"y_ptr"},
     Template.CONV: {"y_ptr"},
 }
@@ -140,6 +144,8 @@ def _launches() -> list[Launch]:
     found += recorded(lambda: quantizer_cases(96)) + recorded(lambda: map_cases(96))
     for case in (scan_case, quantized_scan_case):
         found += recorded(lambda case=case: case(96, 4))  # type: ignore[misc]
+    for case in (scan_case, scan_dynamic_outlier_case):
+        found += recorded(lambda case=case: case(96, 1, length=784, batch=1))  # type: ignore[misc]
     return found + recorded(lambda: conv_case(96))
 
 
@@ -164,6 +170,28 @@ def test_directions_share_their_code(launch: Launch) -> None:
     assert "if member" not in body
     assert "tl.where(member == 0, 0, 1)" in body
     assert "program_id(0)" not in ast.unparse(ast.parse(generate(group.spec)).body[-2])
+
+
+def test_chunks_of_four_directions_take_two_launches() -> None:
+    """Each scan is a launch that gathers and one that scans; none reads what another writes."""
+    launches = [
+        other_direction(one) if reverse else one
+        for reverse in (False, True, False, True)
+        for one in recorded(lambda: scan_case(96, 1, length=784, batch=1))
+    ]
+    steps = [
+        Access(
+            reads=frozenset(id(x) for x, w in pairs if not w and isinstance(x, Tensor)),
+            writes=frozenset(id(x) for x, w in pairs if w and isinstance(x, Tensor)),
+            key=joinable(one),
+        )
+        for one in launches
+        for pairs in [[*zip(one.args, written(one), strict=True)]]
+    ]
+    assert group_steps(steps) == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    gathered, scanned = (join([launches[i] for i in one]) for one in group_steps(steps))
+    assert gathered.spec.label == "4 of selective_scan_chunks"
+    assert scanned.grid == (4, 1, 49 * 3)
 
 
 def test_other_members_get_a_branch() -> None:

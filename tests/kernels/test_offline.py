@@ -39,6 +39,8 @@ from ouro_compiler.kernels.offline import (
     _driver_for,
     compile_ahead,
     innermost_loops,
+    instructions_of,
+    loop_spans,
     parse_architectures,
     parse_sass,
 )
@@ -225,16 +227,71 @@ def without_map(spec: KernelSpec) -> KernelSpec:
 
 
 @pytest.mark.parametrize("dtype", [HALF, torch.bfloat16, FULL])
-@pytest.mark.parametrize(("states", "cap"), [(16, 64), (8, 64), (1, 40)])
+@pytest.mark.parametrize(("states", "cap"), [(16, 96), (8, 96), (1, 80)])
 def test_scan(states: int, cap: int, dtype: torch.dtype) -> None:
+    """A program is one warp: with 96 registers 21 run on a multiprocessor, five a scheduler."""
     launches = recorded(lambda: scan_case(384, states, dtype=dtype))
     for arch in ARCHITECTURES:
         found = compiled(launches, arch)[0]
         assert found.shared_bytes == 0, "the sum over states needs no shuffles through memory"
-        assert found.registers <= (80 if arch == 89 else cap)
+        assert found.registers <= cap
         if arch == 90 and states == 16:
             assert len(found.loops) == 1
-            assert found.loops[0] <= 136 * 1.1
+            assert found.loops[0] <= 126 * 1.1
+            check_order(launches[0], arch, shuffles=0)
+
+
+@pytest.mark.parametrize(("states", "loop"), [(16, 62), (8, 49)])
+def test_scan_of_one_image(states: int, loop: int) -> None:
+    """Four lanes a channel: half the instructions a step, and shuffles for y alone."""
+    for arch in (80, 90):
+        launches = recorded(lambda: scan_case(384, states, dtype=FULL, batch=1))
+        spec = launches[0].spec
+        assert (spec["SHARE"], spec["BLOCK_D"], spec["STEPS"]) == (4, 8, 4)
+        (found,) = compiled(launches, arch)
+        assert found.shared_bytes == 0
+        assert found.registers <= 128
+        if arch == 90:
+            assert len(found.loops) == 1
+            assert found.loops[0] / 4 <= loop * 1.1
+        check_order(launches[0], arch, shuffles=2)
+
+
+def test_scan_in_chunks() -> None:
+    """A second state beside the first costs a token five instructions of 38."""
+    for batch, launched, loop in ((1, 2, 34), (32, 1, 38)):
+        launches = recorded(lambda batch=batch: scan_case(96, 1, length=3136, batch=batch))  # type: ignore[misc]
+        assert [one.spec["CHUNK"] for one in launches] == [28] * launched
+        for found in compiled(launches, 90):
+            assert found.shared_bytes == 0
+            assert found.registers <= 80
+        assert launches[-1].spec["STEPS"] == 4
+        assert found.loops[-1] / 4 <= loop * 1.1
+    launches = recorded(lambda: scan_dynamic_outlier_case(96, 1, length=3136, batch=1))
+    for found in compiled(launches[2:], 90):
+        assert found.shared_bytes == 0
+        assert found.registers <= 96
+
+
+def check_order(launch: Launch, arch: int, shuffles: int) -> None:
+    """The operands of the next token are asked for before y is stored; `shuffles` a token.
+
+    Only what is written as one is a fused multiply-add: a state, its part of y, and D u.
+    """
+    instructions = instructions_of(launch, arch)
+    names = [name.split(".")[0] for _, name, _ in instructions]
+    tokens = names.count("STG")  # the program's text has each of its tokens once
+    assert names.count("SHFL") == shuffles * tokens
+    states = launch.spec["STATES"] // launch.spec["SHARE"]
+    rows = launch.spec["LANES"] // launch.spec["SHARE"]
+    assert names.count("FFMA") == (2 * states - rows + 1) * tokens
+    ((first, last),) = loop_spans(instructions)
+    loop = [name.split(".")[0] for at, name, _ in instructions if first <= at <= last]
+    assert loop.count("STG") >= launch.spec["STEPS"]
+    asked = loop.count("LDG") // loop.count("STG")
+    stores = [index for index, name in enumerate(loop) if name == "STG"]
+    for number, index in enumerate(stores, 1):
+        assert loop[:index].count("LDG") >= asked * number
 
 
 @pytest.mark.parametrize("arch", [80, 90])
@@ -255,19 +312,28 @@ def test_norm(arch: int) -> None:
         assert found.registers <= 128
 
 
-@pytest.mark.parametrize(("states", "loop"), [(16, 168), (8, 112), (1, 59)])
+@pytest.mark.parametrize(("states", "loop"), [(16, 170), (8, 122), (1, 72)])
 def test_scan_dynamic_outlier(states: int, loop: int) -> None:
-    """delta's codes cost a step some 35 instructions; B and C are dequantized once, before."""
+    """delta's codes cost a token some 40 instructions; B and C are dequantized once, before."""
     launches = recorded(lambda: scan_dynamic_outlier_case(384, states))
     templates = [launch.spec.template for launch in launches]
     assert templates == [*[Template.DEQUANTIZE] * 2, Template.SCAN_DYNAMIC_OUTLIER]
     for arch in ARCHITECTURES:
         found = compiled(launches, arch)[-1]
         assert found.shared_bytes == 0, "B and C come to the lanes without shared memory"
-        assert found.registers <= (80 if arch == 89 else 64)
+        assert found.registers <= 96
         if arch == 90:
             assert len(found.loops) == 1
-            assert found.loops[0] <= loop * 1.1
+            assert found.loops[0] / launches[-1].spec["STEPS"] <= loop * 1.1
+
+
+def test_scan_dynamic_outlier_of_one_image() -> None:
+    launch = recorded(lambda: scan_dynamic_outlier_case(384, 16, batch=1))[-1]
+    (found,) = compiled([launch], 90)
+    assert (launch.spec["SHARE"], found.shared_bytes) == (4, 0)
+    assert found.registers <= 128
+    assert found.loops[0] / 4 <= 103 * 1.1
+    check_order(launch, 90, shuffles=2)
 
 
 @pytest.mark.parametrize("outlier_bits", [8, 16])
@@ -275,7 +341,7 @@ def test_scan_dynamic_outlier_with_everything(outlier_bits: int) -> None:
     options = {"outlier_bits": outlier_bits, "whole": True}
     for arch in (80, 90):
         found = compiled(recorded(lambda: scan_dynamic_outlier_case(384, 16, **options)), arch)[-1]
-        assert found.registers <= 96
+        assert found.registers <= 128
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

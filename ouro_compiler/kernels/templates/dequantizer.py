@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ouro_compiler.kernels.templates.recurrence import load
+from ouro_compiler.kernels.templates.recurrence import fetch
 
 
 @triton.jit
@@ -24,29 +24,42 @@ def dequantize(
 
 
 @triton.jit
-def dequantize_token(
+def fetch_token(
     codes_ptrs,
-    start,
-    x_ptrs,
+    start_ptrs,
+    outlier_ptrs,
     scale_ptr,
     zero_point_ptr,
-    outlier_scale_ptr,
     position,
     mask,
-    INLIER_BITS: tl.constexpr,
     OUTLIER_BITS: tl.constexpr,
-    ASYMMETRIC: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """Values of one token at `position` in its window; `start` is int32, where that lists them."""
-    codes = load(codes_ptrs, mask, WHOLE)
-    listed = mask & (start <= position)
+    """What `dequantize_token` takes of one token at `position` in its window, as it is stored.
+
+    outlier_ptrs: of values, where OUTLIER_BITS is 16, else of one outlier scale.
+    """
+    start = fetch(start_ptrs, mask, WHOLE)
     if OUTLIER_BITS == 16:
-        outliers = tl.load(x_ptrs, mask=listed, other=0.0).to(tl.float32)
+        outliers = tl.load(outlier_ptrs, mask=mask & (start.to(tl.int32) <= position), other=0.0)
     else:
-        outliers = codes * tl.load(outlier_scale_ptr)
-    scale = tl.load(scale_ptr).to(tl.float32)
-    zero_point = 0.0
-    if ASYMMETRIC:
-        zero_point = tl.load(zero_point_ptr).to(tl.float32)
-    return dequantize(codes, listed, outliers, scale, zero_point, INLIER_BITS, ASYMMETRIC)
+        outliers = tl.load(outlier_ptrs)
+    codes = fetch(codes_ptrs, mask, WHOLE)
+    return codes, start, outliers, tl.load(scale_ptr), tl.load(zero_point_ptr), position
+
+
+@triton.jit
+def dequantize_token(
+    token, INLIER_BITS: tl.constexpr, OUTLIER_BITS: tl.constexpr, ASYMMETRIC: tl.constexpr
+):
+    """fp32 values of one token."""
+    codes, start, outliers, scale, zero_point, position = token
+    codes = codes.to(tl.float32)
+    outliers = outliers.to(tl.float32)
+    if OUTLIER_BITS != 16:
+        outliers = codes * outliers
+    listed = start.to(tl.int32) <= position
+    scale = scale.to(tl.float32)
+    return dequantize(
+        codes, listed, outliers, scale, zero_point.to(tl.float32), INLIER_BITS, ASYMMETRIC
+    )

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from ouro_compiler.kernels.templates.common import round_half_even, silu
 from ouro_compiler.kernels.templates.elementary import exp2_exact, log2_exact
-from ouro_compiler.kernels.templates.selective_scan import load
+from ouro_compiler.kernels.templates.recurrence import load
 
 
 @triton.jit
