@@ -181,7 +181,7 @@ def selective_scan_kernel(
         direction * stride_cl * UNIT,
         1,
     )
-    row_stride = None
+    row_stride = 0
     if MAP_WIDTH > 0:
         row_stride = direction * stride_uh
     y_stride = direction * stride_yl

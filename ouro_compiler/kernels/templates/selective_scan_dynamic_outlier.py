@@ -228,7 +228,7 @@ def selective_scan_dynamic_outlier_kernel(
         direction,
         1,
     )
-    row_stride = None
+    row_stride = 0
     if MAP_WIDTH > 0:
         row_stride = direction * stride_uh
     y_stride = direction * stride_yl
