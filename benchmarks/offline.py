@@ -18,9 +18,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.registry import Row, suite
 from ouro_compiler.kernels import linear, quantize, quantized_scan, scan, scan_dynamic_outlier
+from ouro_compiler.kernels.candidates import as_choice, current_choice, offered_on
 from ouro_compiler.kernels.grouping import join
 from ouro_compiler.kernels.launch import Launch, record_launches
 from ouro_compiler.kernels.offline import compile_ahead, parse_architectures
+from ouro_compiler.kernels.retile import retile
 
 BATCH, LENGTH, PERIOD = 32, 197, 10
 WINDOWS = -(-LENGTH // PERIOD)
@@ -217,6 +219,19 @@ def group_cases() -> Iterator[tuple[str, Launch]]:
     yield "dt, B, C, both directions", join([*widths, *map(other_direction, widths)])
 
 
+def nibble_cases() -> Iterator[tuple[str, Launch]]:
+    """Products on INT4 tensor cores, of GPUs that have them: what tuning may choose."""
+    for name, inputs, outputs in (
+        ("Vim-T in_proj", 192, 768),
+        ("Vim-T x_proj", 384, 44),
+        ("Vim-B in_proj", 768, 3072),
+        ("Vim-B out_proj", 1536, 768),
+    ):
+        (one,) = recorded(_bind(linear_case, inputs, outputs, packed=True, outlier_bits=8))
+        choice = {**dict(current_choice(one.spec)), "MATRIX_BITS": 4}
+        yield name, retile(one, as_choice(choice))
+
+
 def other_direction(launch: Launch) -> Launch:
     """The same launch the other way through time."""
     constants = {**dict(launch.spec.constants), "REVERSE": 1 - launch.spec["REVERSE"]}
@@ -240,8 +255,10 @@ def offline(options: argparse.Namespace) -> list[Row]:
     print(f"{columns} spills  smem instr  loops  seconds  matrix instruction")
     with _empty_triton_cache():
         single = ((name, launch) for name, run in cases() for launch in recorded(run))
-        for name, launch in chain(single, group_cases()):
+        for name, launch in chain(single, group_cases(), nibble_cases()):
             for architecture in architectures:
+                if not offered_on(f"GPU sm_{architecture}", current_choice(launch.spec)):
+                    continue
                 found = compile_ahead(launch, architecture)
                 row = {"kernel": launch.spec.label, "case": name, **dataclasses.asdict(found)}
                 rows.append(row)
