@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,6 +35,7 @@ _PRODUCT = re.compile(
     r"\bmma\.sync\.aligned\.m16n8k32\.row\.col(\.satfinite)?\.s32\.s8\.s8\.s32"
     r"(\s*\{[^}]*\},\s*\{([^}]*)\})"  # the sums, A
 )
+_REWRITING = threading.RLock()  # Triton has one hook for all threads
 _REGISTER = re.compile(r"%r\d+\b")
 
 
@@ -90,7 +92,7 @@ class NibbleKernel:
         return self._call(self._kernel.warmup, *args, **options)
 
     def _call(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        with _rewriting():
+        with _REWRITING, _rewriting():
             return function(*args, **options)
 
 

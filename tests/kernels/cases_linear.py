@@ -185,6 +185,8 @@ def nibble_form(one: Launch, block_m: int = 32, **blocks: int) -> Launch:
 
 def both_forms(device: str, given: dict[str, Any], dtype: torch.dtype, **blocks: int) -> None:
     """A product on nibbles has the bits of the same product on bytes."""
+    if device == "cuda" and torch.cuda.get_device_capability()[0] > 9:
+        pytest.skip("GPUs after Hopper have other matrix instructions")
     with record_launches() as recording:
         y = linear_dynamic_outlier(*on(device, *given.values()), dtype=dtype)
     (one,) = recording.launches
