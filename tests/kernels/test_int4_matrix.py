@@ -238,14 +238,15 @@ S8, S4 = "IMMA.16832.S8.S8.SAT", "IMMA.16864.S4.S4.SAT"
 def multiplications(ptx: str) -> dict[tuple[str, ...], float]:
     """The share of each kind of multiplication, by what its factors and its term come from.
 
-    Of sums of two products that says which one is rounded by itself.
+    Of sums of two products that says which one is rounded by itself: inlier scales, in fp16 here,
+    and the results of other multiplications are told from the rest.
     """
     found = re.findall(r"^\t(?:@%p\d+ )?([a-z][\w.]+) +([^;]*);", ptx, re.MULTILINE)
     of = {operands.split(",")[0].strip(): name for name, operands in found}
 
     def kind(operand: str) -> str:
         name = of.get(operand.strip(), "number")
-        return name if name.startswith(("cvt", "mul.f", "fma", "add.f")) else "other"
+        return name if name.startswith(("cvt.f32.f16", "mul.f", "fma", "add.f")) else "other"
 
     kinds: Counter[tuple[str, ...]] = Counter()
     for name, operands in found:
