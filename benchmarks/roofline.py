@@ -30,13 +30,15 @@ SCAN_OPS = 6  # of a state and step: decay * h + (delta u) * B, and its part of 
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """Published ceilings, dense: bytes and int8 operations a second, multiprocessors, boost clock.
+    """Published ceilings, dense: bytes, int8 and int4 operations a second; boost clock.
 
-    lanes: fp32 multiply-adds a multiprocessor and cycle; exponentials are 16.
+    int4: as int8 where there are no INT4 tensor cores. lanes: fp32 multiply-adds a multiprocessor
+    and cycle; exponentials are 16.
     """
 
     memory: float
     int8: float
+    int4: float
     multiprocessors: int
     clock: float
     lanes: int
@@ -53,9 +55,13 @@ class Gpu:
 
 
 GPUS: Mapping[str, Gpu] = {
-    "H200": Gpu(memory=4.8e12, int8=1979e12, multiprocessors=132, clock=1.98e9, lanes=128),
-    "A100": Gpu(memory=2.039e12, int8=624e12, multiprocessors=108, clock=1.41e9, lanes=64),
-    "L4": Gpu(memory=0.3e12, int8=242e12, multiprocessors=58, clock=2.04e9, lanes=128),
+    "H200": Gpu(
+        memory=4.8e12, int8=1979e12, int4=1979e12, multiprocessors=132, clock=1.98e9, lanes=128
+    ),
+    "A100": Gpu(
+        memory=2.039e12, int8=624e12, int4=1248e12, multiprocessors=108, clock=1.41e9, lanes=64
+    ),
+    "L4": Gpu(memory=0.3e12, int8=242e12, int4=485e12, multiprocessors=58, clock=2.04e9, lanes=128),
 }
 
 
@@ -65,6 +71,7 @@ class Work:
 
     bytes: int = 0
     int8: int = 0
+    int4: int = 0
     fp32: int = 0
     exponentials: int = 0
     cycles: int = 0
@@ -74,6 +81,7 @@ class Work:
         return Work(
             bytes=self.bytes + other.bytes,
             int8=self.int8 + other.int8,
+            int4=self.int4 + other.int4,
             fp32=self.fp32 + other.fp32,
             exponentials=self.exponentials + other.exponentials,
             cycles=max(self.cycles, other.cycles),
@@ -83,7 +91,7 @@ class Work:
         """The shortest time of one launch of this work."""
         return BETWEEN_LAUNCHES + max(
             self.bytes / gpu.memory,
-            self.int8 / gpu.int8,
+            self.int8 / gpu.int8 + self.int4 / gpu.int4,
             self.fp32 / gpu.fp32,
             self.exponentials / gpu.exponentials,
             self.cycles / gpu.clock,
@@ -105,9 +113,11 @@ def _work(launch: Launch) -> Work:
         rows = launch.args[0].shape[0] * spec["LENGTH"]
         lists = launch.args[4]
         activations = len({*spec.epilogue} - {Epilogue.BIAS, Epilogue.RESIDUAL})
+        products = 2 * rows * spec["COLUMNS"] * spec["OUTPUTS"]
         return Work(
             bytes=moved - lists.numel() * lists.element_size(),
-            int8=2 * rows * spec["COLUMNS"] * spec["OUTPUTS"],
+            int8=products if spec["MATRIX_BITS"] == 8 else 0,
+            int4=products if spec["MATRIX_BITS"] == 4 else 0,
             fp32=EPILOGUE_OPS * rows * spec["OUTPUTS"],
             exponentials=activations * rows * spec["OUTPUTS"],
         )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 
 import pytest
 
 from benchmarks.launches import launches, measure, shortened
 from benchmarks.launches_table import tables
-from benchmarks.offline import BATCH, LENGTH, WINDOWS, linear_case, recorded, scan_case
+from benchmarks.offline_cases import BATCH, LENGTH, WINDOWS, linear_case, recorded, scan_case
 from benchmarks.roofline import (
     BETWEEN_LAUNCHES,
     CYCLES_A_TOKEN,
@@ -19,7 +20,9 @@ from benchmarks.roofline import (
     work_of,
 )
 from ouro_compiler.errors import UsageError
+from ouro_compiler.kernels.candidates import as_choice, current_choice
 from ouro_compiler.kernels.grouping import join
+from ouro_compiler.kernels.retile import retile
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +119,9 @@ def test_work_of_a_product() -> None:
     read = rows * 192 + LENGTH * 2 + rows * 4 + BATCH * WINDOWS * 192 + 768 * 96 + 2 * 768 * 2
     assert work_of(launch).bytes == read + rows * 768 * 2
     assert work_of(launch).int8 == 2 * rows * 192 * 768
+    nibbles = retile(launch, as_choice({**dict(current_choice(launch.spec)), "MATRIX_BITS": 4}))
+    expected = dataclasses.replace(work_of(launch), int8=0, int4=work_of(launch).int8)
+    assert work_of(nibbles) == expected
     both = work_of(join([launch, launch]))
     assert (both.bytes, both.int8) == (2 * work_of(launch).bytes, 2 * work_of(launch).int8)
 
@@ -150,6 +156,7 @@ def test_the_slowest_unit_decides(name: str) -> None:
     for work, seconds in (
         (Work(bytes=10**9, int8=1), 1e9 / gpu.memory),
         (Work(bytes=1, int8=10**15), 1e15 / gpu.int8),
+        (Work(bytes=1, int8=10**15, int4=10**15), 1e15 / gpu.int8 + 1e15 / gpu.int4),
         (Work(fp32=10**12), 1e12 / gpu.fp32),
         (Work(exponentials=10**12), 1e12 / gpu.exponentials),
         (Work(cycles=1000), 1000 / gpu.clock),

@@ -19,6 +19,7 @@ from typing import Any
 
 from ouro_compiler.errors import CacheError
 from ouro_compiler.kernels.codegen import generate, kernel_name
+from ouro_compiler.kernels.int4_matrix import NibbleKernel, multiplies_nibbles
 from ouro_compiler.kernels.spec import KernelSpec
 
 logger = logging.getLogger(__name__)
@@ -93,4 +94,5 @@ def import_source(path: Path) -> types.ModuleType:
 @functools.cache
 def load_kernel(spec: KernelSpec) -> Any:
     """The `triton.jit` function of a spec: generated, cached, verified, imported."""
-    return getattr(import_source(write_source(generate(spec))), kernel_name(spec))
+    kernel = getattr(import_source(write_source(generate(spec))), kernel_name(spec))
+    return NibbleKernel(kernel) if multiplies_nibbles(spec) else kernel

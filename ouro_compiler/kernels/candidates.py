@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from math import log2
 
@@ -30,9 +31,14 @@ _PRODUCT = {
     "BLOCK_M": (16, 32, 64, 128),
     "BLOCK_N": (16, 32, 64, 128, 256),
     "BLOCK_K": (32, 64, 128),
+    "MATRIX_BITS": (8, 4),
     "num_stages": (2, 3, 4),
     "num_warps": (2, 4, 8),
 }
+_MATRIX = "MATRIX_BITS"
+_NIBBLES = 4  # bits of a matrix instruction's factors, and of what it can multiply
+_NIBBLES_A_STEP = 64  # of one matrix instruction
+_WITH_NIBBLES = re.compile(r".* sm_(80|86|87|89)|interpreter")
 _FREE_IN_FLOATS = ("BLOCK_K", "num_stages")
 _QUANTIZER = {"num_warps": (*_WARPS, 16)}
 _VALUES: Mapping[Template, Mapping[str, tuple[int, ...]]] = {
@@ -53,7 +59,7 @@ _VALUES: Mapping[Template, Mapping[str, tuple[int, ...]]] = {
 }
 TUNED = frozenset(_VALUES)
 _MOST_WINDOWS = 255  # that a product's tile may meet: a byte counts them
-_LATER = {"BLOCK_K", "num_stages"}  # of products: tried at the best tile
+_LATER = {"BLOCK_K", "num_stages", _MATRIX}  # of products: tried at the best tile
 
 
 def as_choice(values: Mapping[str, int]) -> Choice:
@@ -65,13 +71,20 @@ def free_values(spec: KernelSpec) -> Mapping[str, tuple[int, ...]]:
     """What is free in a kernel of a group of one, and the values to try; nothing where none is."""
     found = _VALUES.get(spec.template, {})
     if spec.template is Template.LINEAR and spec["OUTLIER_BITS"] == KEEP_FLOAT_BITS:
-        found = {name: found[name] for name in _FREE_IN_FLOATS}
+        return {name: found[name] for name in _FREE_IN_FLOATS}
+    if spec.template is Template.LINEAR and not _holds_nibbles(spec):
+        return {name: values for name, values in found.items() if name != _MATRIX}
     return found
 
 
 def known_values(template: Template) -> Mapping[str, tuple[int, ...]]:
     """What may be free in kernels of a template, and every value of it."""
     return _VALUES.get(template, {})
+
+
+def offered_on(machine: str | None, choice: Choice) -> bool:
+    """Is a candidate one on a machine, as tables name it ("NVIDIA L4 sm_89")?"""
+    return dict(choice).get(_MATRIX) != _NIBBLES or bool(_WITH_NIBBLES.fullmatch(machine or ""))
 
 
 def current_choice(spec: KernelSpec) -> Choice:
@@ -111,6 +124,15 @@ def candidates(spec: KernelSpec, best: Choice, rows: int) -> list[Choice]:
         if _fits(spec, values) and values != default and values.get("BLOCK_M", 16) <= most
     )
     return list(dict.fromkeys(useful))
+
+
+def _holds_nibbles(product: KernelSpec) -> bool:
+    """Are all factors but outliers' codes nibbles, and enough of them for one instruction?"""
+    return (
+        bool(product["PACKED"])
+        and product["INLIER_BITS"] <= _NIBBLES
+        and product["COLUMNS"] >= _NIBBLES_A_STEP
+    )
 
 
 def _later(spec: KernelSpec) -> set[str]:

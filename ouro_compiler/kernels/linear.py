@@ -58,7 +58,6 @@ def linear_dynamic_outlier(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """`linear_dynamic_outlier_ref` by kernel. x may have any strides, the rest is contiguous."""
-    del inlier_bits  # codes are codes
     check(codes, inlier_scale, x, qweight, weight_scale, bias, residual, activation, outlier_bits)
     batch, length, columns = codes.shape
     outputs, stored = qweight.shape
@@ -74,6 +73,7 @@ def linear_dynamic_outlier(
         "OUTPUTS": outputs,
         "WINDOW": window_length(refresh_period, length),
         "REVERSE": reverse,
+        "INLIER_BITS": inlier_bits,
         "OUTLIER_BITS": outlier_bits,
         "PACKED": qweight.dtype == torch.uint8,
         # Floating-point sums must not depend on the other samples: no tile holds rows of two.
@@ -81,6 +81,7 @@ def linear_dynamic_outlier(
         "SCALE_PER_OUTPUT": weight_scale.numel() > 1,
         "INLINE_ASM": not interpreting(),
         "BLOCK_O": _COLUMNS_A_STEP,
+        "MATRIX_BITS": 8,
         **_reading(outlier_start),
         **blocks,
     }

@@ -31,7 +31,8 @@ class Resources:
     """What one kernel takes on one architecture.
 
     seconds: of compiling; near zero where Triton's cache had it. spills: local loads and stores.
-    loops: instructions in each innermost loop. matrix: the matrix instruction, None without one.
+    loops: instructions in each innermost loop. matrix: the first matrix instruction in PTX, None
+    without one; machine_matrix: those of the machine code, each with how many there are.
     """
 
     arch: int
@@ -43,6 +44,7 @@ class Resources:
     instructions: int
     loops: tuple[int, ...]
     matrix: str | None
+    machine_matrix: dict[str, int]
     exact_division: bool
     approximate_division: bool
 
@@ -128,9 +130,15 @@ def _resources(compiled: Any, arch: int, seconds: float) -> Resources:
         instructions=len(instructions),
         loops=innermost_loops(instructions),
         matrix=matrix.group(0) if matrix else None,
+        machine_matrix=_matrix_instructions(instructions),
         exact_division="div.rn.f32" in ptx,
         approximate_division="div.full.f32" in ptx or "div.approx" in ptx,
     )
+
+
+def _matrix_instructions(instructions: list[tuple[int, str, str]]) -> dict[str, int]:
+    names = [name for _, name, _ in instructions if re.match(r"[A-Z]+MMA\b", name)]
+    return dict(sorted(Counter(names).items()))
 
 
 def _disassemble(cubin: bytes) -> str:

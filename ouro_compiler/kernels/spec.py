@@ -105,6 +105,7 @@ class KernelSpec:
         parts = [self.template.value]
         if self.template is Template.LINEAR:
             parts += ["int4" if constants["PACKED"] else "int8", f"o{constants['OUTLIER_BITS']}"]
+            parts += ["int4 cores"] if constants.get("MATRIX_BITS") == 4 else []
         elif "INLIER_BITS" in constants:
             parts.append(f"{constants['INLIER_BITS']}/{constants['OUTLIER_BITS']}")
         if constants.get("ASYMMETRIC"):

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ouro_compiler.kernels.cache import cache_directory
-from ouro_compiler.kernels.candidates import TUNED, Choice, as_choice, known_values
+from ouro_compiler.kernels.candidates import TUNED, Choice, as_choice, known_values, offered_on
 from ouro_compiler.kernels.spec import Template
 
 FORMAT = 1
@@ -129,7 +129,7 @@ def parse_table(text: str, machine: str) -> list[Row]:
     for name, expected in (("format", FORMAT), ("gpu", machine), ("triton", triton_version())):
         if content[name] != expected or type(content[name]) is not type(expected):
             raise ValueError(f"{name} is {content[name]!r}, not {expected!r}")
-    return [_parse_row(one) for one in _list(content["rows"], "rows")]
+    return [_parse_row(one, machine) for one in _list(content["rows"], "rows")]
 
 
 def _row_data(row: Row) -> dict[str, Any]:
@@ -147,7 +147,7 @@ def _row_data(row: Row) -> dict[str, Any]:
     }
 
 
-def _parse_row(data: Any) -> Row:
+def _parse_row(data: Any, machine: str) -> Row:
     names = ("template", "digest", "bucket", "kernel", "shape", "choice", "ratio", "default_us")
     found = _record(data, "a row", (*names, "tried", "refused"))
     template = next((one for one in TUNED if one.value == found["template"]), None)
@@ -161,32 +161,39 @@ def _parse_row(data: Any) -> Row:
     for name in ("ratio", "default_us"):
         if not 0 <= _typed(found, name, float) < float("inf"):
             raise ValueError(f"{name} {found[name]} is no number of 0 or more")
+
+    def choice(given: Any) -> Choice:
+        return _choice(template, machine, given)
+
     refused = []
     for one in _list(found["refused"], "refused"):
         entry = _record(one, "a refused candidate", ("choice", "reason"))
-        refused.append((_choice(template, entry["choice"]), _typed(entry, "reason", str)))
+        refused.append((choice(entry["choice"]), _typed(entry, "reason", str)))
     return Row(
         template=template,
         digest=found["digest"],
         bucket=bucket,
         kernel=_typed(found, "kernel", str),
         shape=_typed(found, "shape", str),
-        choice=None if found["choice"] is None else _choice(template, found["choice"]),
+        choice=None if found["choice"] is None else choice(found["choice"]),
         ratio=found["ratio"],
         default_us=found["default_us"],
-        tried=tuple(_choice(template, one) for one in _list(found["tried"], "tried")),
+        tried=tuple(choice(one) for one in _list(found["tried"], "tried")),
         refused=tuple(refused),
     )
 
 
-def _choice(template: Template, data: Any) -> Choice:
+def _choice(template: Template, machine: str, data: Any) -> Choice:
     if type(data) is not dict or not data:
         raise ValueError(f"{data!r} is no choice of blocks")
     known = known_values(template)
     for name, value in data.items():
         if name not in known or type(value) is not int or value not in known[name]:
             raise ValueError(f"{name} = {value!r} is no candidate of {template.value}")
-    return as_choice(data)
+    choice = as_choice(data)
+    if not offered_on(machine, choice):
+        raise ValueError(f"{data!r} is no candidate of {template.value} on {machine}")
+    return choice
 
 
 def _record(data: Any, what: str, names: tuple[str, ...]) -> Mapping[str, Any]:

@@ -11,12 +11,18 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx
 
-from ouro_compiler.kernels.candidates import Choice, candidates, current_choice, free_values
+from ouro_compiler.kernels.candidates import (
+    Choice,
+    candidates,
+    current_choice,
+    free_values,
+    offered_on,
+)
 from ouro_compiler.kernels.grouping import MOST_MEMBERS, join, joinable, split
 from ouro_compiler.kernels.launch import Launch
 from ouro_compiler.kernels.retile import retile
 from ouro_compiler.kernels.spec import Template
-from ouro_compiler.kernels.tuned import defaults_only, key_of
+from ouro_compiler.kernels.tuned import defaults_only, key_of, machine_of
 from ouro_compiler.kernels.tuning_table import Key
 from ouro_compiler.runtime.schedule import Schedule
 
@@ -42,12 +48,17 @@ class Task:
         return " + ".join(dict.fromkeys(one.spec.label for one in self.launches))
 
     def candidates(self, best: Choice | None, tried: Collection[Choice]) -> list[Choice]:
-        """What is still to be tried, in order, by all of its kernels."""
+        """What is still to be tried, in order, by all of its kernels on their device."""
+        machine = machine_of(self.launches[0].args[0].device)
         first, *rest = [
             candidates(one.spec, best or current_choice(one.spec), bucket)
             for (_, bucket), one in self.members.items()
         ]
-        return [one for one in first if one not in tried and all(one in other for other in rest)]
+        return [
+            one
+            for one in first
+            if one not in tried and offered_on(machine, one) and all(one in other for other in rest)
+        ]
 
 
 def schedule_of(gm: fx.GraphModule, images: Tensor) -> Schedule:

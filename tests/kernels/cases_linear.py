@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from ouro_compiler.kernels.launch import launch, record_launches
+from ouro_compiler.kernels.candidates import as_choice, current_choice, free_values
+from ouro_compiler.kernels.launch import Launch, launch, record_launches, start
 from ouro_compiler.kernels.linear import linear_dynamic_outlier
+from ouro_compiler.kernels.retile import retile
 from ouro_compiler.ops.linear import linear_dynamic_outlier_ref
 from ouro_compiler.ops.packing import pack_int4_ref
 from ouro_compiler.ops.quantize import listed_mask, quantize_dynamic_outlier_ref
@@ -173,3 +175,67 @@ def test_refuses_what_the_reference_refuses(device: str) -> None:
         run(device, {**given, "x": None})
     with pytest.raises(ValueError, match="qweight has 95 columns, expected 96"):
         run(device, {**given, "qweight": given["qweight"][:, :95]})
+
+
+def nibble_form(one: Launch, block_m: int = 32, **blocks: int) -> Launch:
+    """A product on INT4 tensor cores, with few rows a tile: sm_90 takes these instructions then."""
+    changed = {**dict(current_choice(one.spec)), "MATRIX_BITS": 4, "BLOCK_M": block_m, **blocks}
+    return retile(one, as_choice(changed))
+
+
+def both_forms(device: str, given: dict[str, Any], dtype: torch.dtype, **blocks: int) -> None:
+    """A product on nibbles has the bits of the same product on bytes."""
+    if device == "cuda" and torch.cuda.get_device_capability()[0] > 9:
+        pytest.skip("GPUs after Hopper have other matrix instructions")
+    with record_launches() as recording:
+        y = linear_dynamic_outlier(*on(device, *given.values()), dtype=dtype)
+    (one,) = recording.launches
+    start(one)
+    expected = y.cpu().clone()
+    assert expected.isfinite().all()
+    y.fill_(torch.nan)
+    start(nibble_form(one, **blocks))
+    assert_equal((y,), (expected,))
+
+
+@pytest.mark.parametrize("index", [0, 1, 2, 4, 5, 8, 9, 11, 13, 14])
+def test_nibbles_give_the_bits_of_bytes(index: int, device: str) -> None:
+    """None, some and all columns listed; K-halves that are ragged and whole."""
+    given, dtype = problem(index, 8, True)
+    both_forms(device, given, dtype, BLOCK_K=(32, 64)[index % 2])
+
+
+@pytest.mark.parametrize("channels", [64, 65, 67, 128, 129])
+def test_nibbles_of_every_value(channels: int, device: str) -> None:
+    """Inliers from -8 to 7, outliers from -128 to 127, weights from -8 to 7, with 8-bit scales."""
+    made = generator(channels)
+    start_at = torch.where(torch.rand(3, 4, channels, generator=made) < 0.2, 3, 255)
+    listed = listed_mask(start_at.to(torch.uint8), 37, 10, False)
+    inliers = torch.randint(-8, 8, listed.shape, generator=made)
+    outliers = torch.randint(-128, 128, listed.shape, generator=made)
+    weight = torch.randint(-8, 8, (20, channels), generator=made)
+    given = {
+        "codes": torch.where(listed, outliers, inliers).to(torch.int8),
+        "inlier_scale": torch.rand(37, generator=made),
+        "outlier_scale": torch.rand(3, 37, generator=made),
+        "outlier_start": start_at.to(torch.uint8),
+        "x": None,
+        "qweight": pack_int4_ref(weight.to(torch.int8)),
+        "weight_scale": torch.rand(20, generator=made),
+        "bias": None,
+        "residual": None,
+        "activation": "none",
+        "inlier_bits": 4,
+        "outlier_bits": 8,
+        "refresh_period": 10,
+        "reverse": False,
+    }
+    both_forms(device, given, torch.float32)
+
+
+def test_inliers_of_more_than_four_bits_are_no_nibbles(device: str) -> None:
+    given, _ = problem(0, 8, True)
+    for changed in ({"inlier_bits": 6}, {"qweight": problem(0, 8, False)[0]["qweight"]}):
+        with record_launches() as recording:
+            run(device, {**given, **changed})
+        assert "MATRIX_BITS" not in free_values(recording.launches[0].spec)

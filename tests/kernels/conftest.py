@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,18 @@ import torch
 @pytest.fixture
 def device() -> str:
     return "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+
+
+@pytest.fixture(scope="module")
+def empty_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Our cache and Triton's, of a module alone; returns the folder of both."""
+    import triton
+
+    folder = tmp_path_factory.mktemp("caches")
+    with pytest.MonkeyPatch.context() as patch, triton.knobs.cache.scope():
+        patch.setenv("OURO_CACHE_DIR", str(folder / "ouro"))
+        triton.knobs.cache.dir = str(folder / "triton")
+        yield folder
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.offline import cases, chain_case, recorded
+from benchmarks.offline_cases import cases, chain_case, recorded
 from ouro_compiler.kernels import codegen
 from ouro_compiler.kernels.codegen import generate, kernel_name
 from ouro_compiler.kernels.spec import Epilogue, KernelSpec, Template, make_spec

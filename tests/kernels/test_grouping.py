@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from benchmarks.offline import (
+from benchmarks.offline_cases import (
     linear_case,
     other_direction,
     quantizer_cases,
@@ -138,7 +138,7 @@ def test_stores_of_called_functions_are_found() -> None:
 
 
 def _launches() -> list[Launch]:
-    from benchmarks.offline import conv_case, map_cases, quantized_scan_case
+    from benchmarks.offline_cases import conv_case, map_cases, quantized_scan_case
 
     found = recorded(lambda: linear_case(96, 64, packed=True, outlier_bits=8))
     found += recorded(lambda: quantizer_cases(96)) + recorded(lambda: map_cases(96))

@@ -10,13 +10,12 @@ import dataclasses
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.offline import (
+from benchmarks.offline_cases import (
     chain_case,
     conv_case,
     depthwise_case,
@@ -31,7 +30,7 @@ from benchmarks.offline import (
     scan_dynamic_outlier_case,
 )
 from ouro_compiler.errors import UsageError
-from ouro_compiler.kernels.candidates import as_choice, candidates, current_choice
+from ouro_compiler.kernels.candidates import as_choice, candidates, current_choice, offered_on
 from ouro_compiler.kernels.grouping import join
 from ouro_compiler.kernels.launch import Launch, record_launches
 from ouro_compiler.kernels.offline import (
@@ -48,19 +47,9 @@ from ouro_compiler.kernels.retile import retile
 from ouro_compiler.kernels.spec import KernelSpec, Template
 from ouro_compiler.runtime.tuning_trials import NO_COMPILE, RefusedError, compile_candidate
 
+pytestmark = pytest.mark.usefixtures("empty_caches")
 ARCHITECTURES = (80, 89, 90)
 HALF, FULL = torch.float16, torch.float32
-
-
-@pytest.fixture(autouse=True, scope="module")
-def empty_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    import triton
-
-    folder = tmp_path_factory.mktemp("caches")
-    with pytest.MonkeyPatch.context() as patch, triton.knobs.cache.scope():
-        patch.setenv("OURO_CACHE_DIR", str(folder / "ouro"))
-        triton.knobs.cache.dir = str(folder / "triton")
-        yield
 
 
 def compiled(launches: list[Launch], arch: int) -> list[Resources]:
@@ -107,11 +96,12 @@ PROJECTIONS = {  # of Vim-T, S and B
 }
 
 
-def tuned_forms(shape: tuple[int, int], outlier_bits: int = 8) -> list[Launch]:
+def tuned_forms(shape: tuple[int, int], arch: int, outlier_bits: int = 8) -> list[Launch]:
     """A product with every candidate of its first list, and steps and stages at its default."""
     (launch,) = recorded(lambda: linear_case(*shape, packed=True, outlier_bits=outlier_bits))
     default = current_choice(launch.spec)
-    return [retile(launch, choice) for choice in candidates(launch.spec, default, 32 * 197)]
+    found = candidates(launch.spec, default, 32 * 197)
+    return [retile(launch, choice) for choice in found if offered_on(f"GPU sm_{arch}", choice)]
 
 
 def fits(launch: Launch, arch: int) -> bool:
@@ -129,7 +119,7 @@ def test_the_largest_candidates_of_products(arch: int) -> None:
         form.spec: form
         for shapes in PROJECTIONS.values()
         for shape in shapes
-        for form in tuned_forms(shape)
+        for form in tuned_forms(shape, arch)
     }
     largest = sorted(forms.values(), key=lambda one: -_bytes_in_flight(one))[:2]
     assert all(fits(one, arch) for one in largest)
@@ -158,7 +148,7 @@ def _bytes_in_flight(launch: Launch) -> int:
     ("projection", "size"), [("in_proj", 0), ("x_proj", 2), ("dt_proj", 1), ("out_proj", 2)]
 )
 def test_every_candidate_of_a_product(projection: str, size: int, arch: int) -> None:
-    forms = tuned_forms(PROJECTIONS[projection][size])
+    forms = tuned_forms(PROJECTIONS[projection][size], arch)
     assert len(forms) >= 15
     whole = sum(fits(one, arch) for one in forms)
     print(f"{projection}, sm_{arch}: {whole} of {len(forms)} candidates do not spill")
@@ -405,7 +395,7 @@ def test_quantizers_of_several_widths_in_one_launch(arch: int) -> None:
 def test_what_was_compiled_ahead_is_found() -> None:
     launch = recorded(lambda: scan_case(64, 4))[0]
     script = (
-        "from benchmarks.offline import recorded, scan_case\n"
+        "from benchmarks.offline_cases import recorded, scan_case\n"
         "from ouro_compiler.kernels.offline import compile_ahead\n"
         "import pathlib, triton\n"
         "compile_ahead(recorded(lambda: scan_case(64, 4))[0], 90)\n"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.offline import (
+from benchmarks.offline_cases import (
     conv_case,
     linear_case,
     other_direction,
@@ -28,6 +28,7 @@ from ouro_compiler.kernels.candidates import (
     free_values,
     is_candidate,
     known_values,
+    offered_on,
 )
 from ouro_compiler.kernels.launch import Launch
 from ouro_compiler.kernels.retile import outputs, retile
@@ -35,7 +36,8 @@ from ouro_compiler.kernels.spec import Template
 from ouro_compiler.kernels.tuned import Choices, key_of, machine_of, tuned_launch
 from ouro_compiler.kernels.tuning_table import Row, TuningWarning
 
-BLOCKS = {"BLOCK_M": 32, "BLOCK_N": 128, "BLOCK_K": 32, "num_stages": 3, "num_warps": 4}
+BLOCKS = {"BLOCK_M": 32, "BLOCK_N": 128, "BLOCK_K": 32, "MATRIX_BITS": 8}
+BLOCKS |= {"num_stages": 3, "num_warps": 4}
 
 
 @pytest.fixture(autouse=True)
@@ -156,13 +158,35 @@ def test_the_nearest_candidates_come_first() -> None:
     spec = product().spec
     found = candidates(spec, current_choice(spec), 6304)
     default = dict(current_choice(spec))
+    later = ("BLOCK_K", "num_stages", "MATRIX_BITS")
     steps = [
         sum(abs(math.log2(value / default[name])) for name, value in choice)
         for choice in found
-        if dict(choice)["BLOCK_K"] == default["BLOCK_K"] and dict(choice)["num_stages"] == 3
+        if all(dict(choice)[name] == default[name] for name in later)
     ]
     assert steps == sorted(steps)
     assert steps[0] == 1
+
+
+def test_int4_tensor_cores_are_offered_where_they_are() -> None:
+    """To products of nibbles alone, and to GPUs between sm_80 and sm_89; never by default."""
+    spec = product().spec
+    assert dict(current_choice(spec))["MATRIX_BITS"] == 8
+    found = [
+        one for one in candidates(spec, current_choice(spec), 6304) if ("MATRIX_BITS", 4) in one
+    ]
+    assert len(found) >= 4
+    for machine in ("NVIDIA A100-SXM4-80GB sm_80", "Orin sm_87", "NVIDIA L4 sm_89", "interpreter"):
+        assert all(offered_on(machine, one) for one in found)
+    for other in ("NVIDIA H200 sm_90", "Tesla T4 sm_75", "NVIDIA B200 sm_100", "sm_800", "", None):
+        assert not any(offered_on(other, one) for one in found)
+        assert offered_on(other, current_choice(spec))
+    for case in ((192, False, 8), (192, True, 16), (48, True, 8)):
+        inputs, packed, bits = case
+        (one,) = recorded(
+            lambda: linear_case(inputs, 768, packed=packed, outlier_bits=bits)  # noqa: B023
+        )
+        assert "MATRIX_BITS" not in free_values(one.spec), case
 
 
 def test_what_nobody_knows_has_no_candidates() -> None:
@@ -184,7 +208,8 @@ def test_a_retiled_product_is_what_the_host_makes_of_its_blocks(
             host = product(outlier_bits)
         found = retile(one, choice)
         assert found.grid == host.grid
-        assert found.spec.constants == host.spec.constants
+        expected = {**dict(host.spec.constants), "MATRIX_BITS": values["MATRIX_BITS"]}
+        assert dict(found.spec.constants) == expected
         shapes = [[getattr(arg, "shape", arg) for arg in each.args] for each in (found, host)]
         assert shapes[0] == shapes[1]
         assert (found.spec.num_stages, found.spec.num_warps) == (

@@ -123,6 +123,10 @@ POISON: dict[str, tuple[Callable[[Any], Any], str]] = {
     "a huge block": (_set("rows", 0, "choice", "BLOCK_N", value=1 << 70), "BLOCK_N = "),
     "a block that is no int": (_set("rows", 0, "choice", "BLOCK_M", value=32.0), "= 32.0 is no"),
     "a constant that is not free": (_set("rows", 0, "choice", "PACKED", value=0), "PACKED = 0 is"),
+    "INT4 tensor cores where there are none": (
+        _set("rows", 0, "tried", 0, "MATRIX_BITS", value=4),
+        "is no candidate of linear_dynamic_outlier on NVIDIA H200 sm_90",
+    ),
     "an empty choice": (_set("rows", 0, "choice", value={}), "{} is no choice"),
     "tried in words": (_set("rows", 0, "tried", value="all"), "tried is no list"),
     "a reason missing": (_drop("rows", 0, "refused", 0, "reason"), "other keys"),

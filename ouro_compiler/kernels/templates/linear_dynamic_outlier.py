@@ -2,6 +2,9 @@
 
 acc is the product of all codes; acc_o that of the listed ones alone, over the columns that are
 listed at one of the tile's rows. Both are exact. Dequantization and what follows are the epilogue.
+
+Where MATRIX_BITS is 4, acc is first the product of the low nibbles of all codes, which inliers are.
+What that is over the listed columns is taken away again, and acc_o added: the same integers.
 """
 
 import triton
@@ -36,6 +39,31 @@ def nibbles(packed, INLINE_ASM: tl.constexpr):
     return low, high
 
 
+@triton.jit
+def pair(low, high, INLINE_ASM: tl.constexpr):
+    """Bytes with low nibbles of `low` and those of `high` above them: codes as weights are packed.
+
+    No GPU has the instruction: `kernels/int4_matrix.py` writes it as others and makes the products
+    of what it returns products of nibbles. Compiled without, it is an error.
+    """
+    if INLINE_ASM:
+        return tl.inline_asm_elementwise(
+            "ouro.pair.s4 $0, $1, $2;", "=r,r,r", [low, high], dtype=tl.int8, is_pure=True, pack=4
+        )
+    return (low & 0x0F) | (high << 4)
+
+
+@triton.jit
+def dot_nibbles(a, b, acc, INLINE_ASM: tl.constexpr):
+    """acc + the product of all nibbles of a (M, bytes), which `pair` made, and b (bytes, N)."""
+    if INLINE_ASM:
+        acc = tl.dot(a, b, acc, out_dtype=tl.int32)
+    else:
+        acc = tl.dot((a << 4) >> 4, (b << 4) >> 4, acc, out_dtype=tl.int32)
+        acc = tl.dot(a >> 4, b >> 4, acc, out_dtype=tl.int32)
+    return acc
+
+
 @triton.jit(do_not_specialize=["rows"])
 def linear_dynamic_outlier_kernel(
     codes_ptr,  # int8 (B, L, K), contiguous
@@ -58,6 +86,7 @@ def linear_dynamic_outlier_kernel(
     OUTPUTS: tl.constexpr,
     WINDOW: tl.constexpr,
     REVERSE: tl.constexpr,
+    INLIER_BITS: tl.constexpr,
     OUTLIER_BITS: tl.constexpr,
     PACKED: tl.constexpr,
     PER_SAMPLE: tl.constexpr,
@@ -68,6 +97,7 @@ def linear_dynamic_outlier_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,  # bytes of weight a step
     BLOCK_O: tl.constexpr,  # outlier columns a step
+    MATRIX_BITS: tl.constexpr,  # of the factors of the product of all codes: 8, or 4
     NEVER: tl.constexpr,
     PER_WORD: tl.constexpr,  # columns listed at a time: four bytes, or one value
     SAMPLE_WINDOWS: tl.constexpr,  # windows of one sample that a tile meets at most
@@ -148,7 +178,15 @@ def linear_dynamic_outlier_kernel(
             left = offs_k < half - first_k
             weight = tl.load(weight_ptrs, mask=left[:, None], other=0)
             codes = tl.load(code_ptrs, mask=left[None, :], other=0)
-        if PACKED:
+        if MATRIX_BITS == 4:
+            if EVEN_K:
+                high = tl.load(code_ptrs + half)
+            else:
+                left = offs_k < COLUMNS - half - first_k
+                high = tl.load(code_ptrs + half, mask=left[None, :], other=0)
+            codes = pair(codes, high, INLINE_ASM)
+            acc = dot_nibbles(codes, weight.to(tl.int8, bitcast=True), acc, INLINE_ASM)
+        elif PACKED:
             low, high = nibbles(weight, INLINE_ASM)
             acc = tl.dot(codes, low, acc, out_dtype=tl.int32)
             if EVEN_K:
@@ -161,13 +199,16 @@ def linear_dynamic_outlier_kernel(
             acc = tl.dot(codes, weight, acc, out_dtype=tl.int32)
         code_ptrs += BLOCK_K
         weight_ptrs += BLOCK_K
-    if PACKED:
+    if MATRIX_BITS == 4:
+        acc = -(acc << 4)  # what is to be taken away is added: minus 16 times what is wanted
+    elif PACKED:
         acc = acc >> 4  # the nibbles were times 16
 
     step = LENGTH - 1 - token if REVERSE else token
     start_row = (sample * windows + step // WINDOW) * COLUMNS
     position = step % WINDOW
     offs_o = tl.arange(0, BLOCK_O)
+    tl.static_assert(MATRIX_BITS == 8 or (PACKED and INLIER_BITS <= 4 and OUTLIER_BITS <= 8))
     if OUTLIER_BITS == 16:
         acc_o = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     else:
@@ -200,6 +241,11 @@ def linear_dynamic_outlier_kernel(
             outlier = tl.load(codes_ptr + (row[:, None] * COLUMNS + column[None, :]))
             outlier = tl.where(listed, outlier, 0).to(tl.int8)
             acc_o = tl.dot(outlier, weight, acc_o, out_dtype=tl.int32)
+            if MATRIX_BITS == 4:  # of these codes the product above had the low nibbles
+                low, high = nibbles(outlier.to(tl.uint8, bitcast=True), INLINE_ASM)
+                acc = tl.dot(low, weight, acc, out_dtype=tl.int32)
+    if MATRIX_BITS == 4:
+        acc = acc_o - (acc >> 4)
 
     inlier_scale = tl.load(inlier_scale_ptr + token).to(tl.float32)[:, None]
     if OUTLIER_BITS == 16:
