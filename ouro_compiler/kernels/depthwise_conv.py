@@ -42,6 +42,7 @@ def depthwise_conv(
             "BLOCK_C": block_c,
         },
         num_stages=1,
+        fp_fusion=False,
     )
     grid = (batch, -(-height * width // block_l), -(-channels // block_c))
     launch(spec, grid, maps, contiguous(weight, "weight"), bias, y, *maps.stride())

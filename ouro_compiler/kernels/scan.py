@@ -164,7 +164,7 @@ def causal_conv1d(
         "BLOCK_L": 16,
         "BLOCK_D": min(128, next_power_of_2(channels)),
     }
-    spec = make_spec(Template.CONV, constants, num_warps=4, num_stages=1)
+    spec = make_spec(Template.CONV, constants, num_warps=4, num_stages=1, fp_fusion=False)
     grid = conv_grid(batch, constants)
     launch(spec, grid, x, contiguous(weight, "weight"), bias, y, *x.stride())
     return y

@@ -56,8 +56,8 @@ class KernelSpec:
 
     constants: a value for every constexpr parameter of the template, sorted by name.
     others: kernels of the same template that one launch computes besides (`grouping.py`).
-    fp_fusion: may a * b + c become one fused multiply-add? Quantizers forbid it, so that their
-    codes are the reference's bit for bit.
+    fp_fusion: may a * b + c become one fused multiply-add? Triton kernels forbid it, so that
+    codes are the reference's bit for bit, and a launch gives the same bits alone and in a group.
     """
 
     template: Template

@@ -60,7 +60,15 @@ class Codes(fx.Interpreter):
         return value
 
 
-@pytest.mark.parametrize("name", list(CONFIGS))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name, marks=[pytest.mark.slow] if config.activations.outlier_bits == 16 else []
+        )
+        for name, config in CONFIGS.items()
+    ],
+)
 def test_model(name: str, device: str) -> None:
     config: QuantConfig = CONFIGS[name]
     model = compiled_vim(config)

@@ -276,7 +276,7 @@ def test_the_whole_tuner(device: str, tmp_path: Path, capsys: pytest.CaptureFixt
 
     clock, seen = Clock(1.0), []
     first = tune(
-        *(model, (1,), 44.0, lambda *one: seen.append(one)),
+        *(model, (1,), 24.0, lambda *one: seen.append(one)),
         samples=1,
         timer=by_warps,
         clock=clock,
