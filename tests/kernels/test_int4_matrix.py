@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks.offline_cases import linear_case, other_direction, recorded
-from ouro_compiler.kernels.cache import import_source, write_source
+from ouro_compiler.kernels.cache import import_source, load_kernel, write_source
 from ouro_compiler.kernels.candidates import as_choice, current_choice
 from ouro_compiler.kernels.codegen import generate, kernel_name
 from ouro_compiler.kernels.grouping import join
@@ -72,6 +72,7 @@ def compiled(launch: Launch, arch: int, folder: Path) -> tuple[Resources, str]:
     """What a launch takes, and its PTX."""
     import triton
 
+    load_kernel.cache_clear()  # another file's tests may have compiled it in this process
     with triton.knobs.cache.scope():
         triton.knobs.cache.dir = str(folder / f"{arch}_{launch.spec.digest}")
         found = compile_ahead(launch, arch)
