@@ -18,7 +18,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from math import log2
 
-from ouro_compiler.kernels.launch import next_power_of_2
+from ouro_compiler.kernels.blocks import next_power_of_2
 from ouro_compiler.kernels.linear import product_tiles
 from ouro_compiler.kernels.spec import KernelSpec, Template
 from ouro_compiler.ops.quantize import KEEP_FLOAT_BITS

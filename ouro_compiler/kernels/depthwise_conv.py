@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ouro_compiler.kernels.launch import contiguous, launch, next_power_of_2
+from ouro_compiler.kernels.blocks import next_power_of_2
+from ouro_compiler.kernels.launch import contiguous, launch
 from ouro_compiler.kernels.spec import Template, make_spec
 from ouro_compiler.ops.depthwise_conv import check
 from ouro_compiler.ops.library import empty_channels_last
@@ -42,7 +43,6 @@ def depthwise_conv(
             "BLOCK_C": block_c,
         },
         num_stages=1,
-        fp_fusion=False,
     )
     grid = (batch, -(-height * width // block_l), -(-channels // block_c))
     launch(spec, grid, maps, contiguous(weight, "weight"), bias, y, *maps.stride())

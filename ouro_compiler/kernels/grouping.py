@@ -94,7 +94,7 @@ def _is_whole(
 def joinable(launch: Launch) -> Hashable:
     """Launches of equal keys can be one: of one template, on equal grids, with equal options."""
     spec = launch.spec
-    return (spec.template, launch.grid, spec.num_warps, spec.num_stages, spec.fp_fusion)
+    return (spec.template, launch.grid, spec.num_warps, spec.num_stages)
 
 
 def join(launches: Sequence[Launch]) -> Launch:

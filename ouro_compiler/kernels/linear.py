@@ -8,13 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ouro_compiler.kernels.launch import (
-    contiguous,
-    interpreting,
-    launch,
-    linear_blocks,
-    next_power_of_2,
-)
+from ouro_compiler.kernels.blocks import linear_blocks, linear_warps, next_power_of_2
+from ouro_compiler.kernels.launch import contiguous, interpreting, launch
 from ouro_compiler.kernels.quantize import FLOATS
 from ouro_compiler.kernels.spec import Epilogue, Template, make_spec
 from ouro_compiler.ops.linear import check
@@ -96,8 +91,7 @@ def linear_dynamic_outlier(
             *_ACTIVATIONS[activation],
             *((Epilogue.RESIDUAL,) if residual is not None else ()),
         ),
-        num_warps=8 if blocks["BLOCK_N"] >= 64 else 4,
-        fp_fusion=False,  # alone, in a group or in a chain: the same bits
+        num_warps=linear_warps(blocks["BLOCK_N"]),
     )
     activations = (codes, inlier_scale, outlier_scale, outlier_start, lists, x)
     strides = (0, 0, 0) if x is None else x.stride()

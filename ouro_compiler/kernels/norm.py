@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ouro_compiler.kernels.launch import as_tokens, launch, next_power_of_2, row_strides
+from ouro_compiler.kernels.blocks import next_power_of_2
+from ouro_compiler.kernels.launch import as_tokens, launch, row_strides
 from ouro_compiler.kernels.spec import Template, make_spec
 from ouro_compiler.ops.norm import check, residual_dtype
 
@@ -41,7 +42,6 @@ def add_norm(
             "BLOCK_K": block_k,
         },
         num_stages=1,
-        fp_fusion=False,  # what it gives before a quantizer
     )
     grid = (-(-batch * length // block_m), 1, 1)
     strides = (*x.stride(), *row_strides(residual))

@@ -42,7 +42,7 @@ class KernelPlan:
 def plan_kernels(gm: fx.GraphModule, target: Target, batch: int = 1) -> list[KernelPlan]:
     """A plan for every `ouro` node of a graph of one input (B, ...), in graph order.
 
-    Of all kernels only those of scans depend on the batch (`launch.scan_blocks`).
+    Of all kernels only those of scans depend on the batch (`blocks.scan_blocks`).
     """
     placeholder = next(node for node in gm.graph.nodes if node.op == "placeholder")
     like = placeholder.meta["val"]

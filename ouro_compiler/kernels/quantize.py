@@ -8,14 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ouro_compiler.kernels.launch import (
-    contiguous,
-    launch,
-    next_power_of_2,
-    places,
-    quantizer_warps,
-    row_strides,
-)
+from ouro_compiler.kernels.blocks import next_power_of_2, quantizer_warps
+from ouro_compiler.kernels.launch import contiguous, launch, places, row_strides
 from ouro_compiler.kernels.spec import KernelSpec, Template, make_spec
 from ouro_compiler.ops.causal_conv1d import check as check_conv
 from ouro_compiler.ops.fused import check_gate_sum, empty_quantized
@@ -64,7 +58,6 @@ def quantizer_spec(
         },
         num_warps=quantizer_warps(columns),
         num_stages=1,
-        fp_fusion=False,  # codes are the reference's bit for bit
     )
 
 
@@ -127,7 +120,7 @@ def dequantize_dynamic_outlier(
         "BLOCK_M": block_m,
         "BLOCK_K": block_k,
     }
-    spec = make_spec(Template.DEQUANTIZE, constants, fp_fusion=False)
+    spec = make_spec(Template.DEQUANTIZE, constants)
     grid = dequantize_grid(batch * length, constants)
     quantized = (contiguous(codes, "codes"), inlier_scale, zero_point, outlier_scale)
     start = contiguous(outlier_start, "outlier_start")

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ouro_compiler.kernels.launch import contiguous, launch, next_power_of_2, scan_channels
+from ouro_compiler.kernels.blocks import next_power_of_2, scan_channels
+from ouro_compiler.kernels.launch import contiguous, launch
 from ouro_compiler.kernels.quantize import FLOATS
 from ouro_compiler.kernels.spec import Template, make_spec
 from ouro_compiler.ops.library import empty_token_major
@@ -85,7 +86,6 @@ def quantized_selective_scan(
         },
         num_warps=1,
         num_stages=1,
-        fp_fusion=False,
     )
     named = {
         "decay_scale": decay_scale,

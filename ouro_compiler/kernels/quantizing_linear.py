@@ -10,12 +10,12 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from ouro_compiler.kernels.launch import Launch, next_power_of_2
+from ouro_compiler.kernels.blocks import linear_blocks, linear_warps, next_power_of_2
+from ouro_compiler.kernels.launch import Launch
 from ouro_compiler.kernels.spec import Template, make_spec
 from ouro_compiler.ops.quantize import KEEP_FLOAT_BITS
 
 _MOST_COLUMNS = 64  # of a row in registers, and one step of the product
-_ROWS = 64  # of a program, as in the product by itself
 
 
 def quantizing_linear(
@@ -37,10 +37,12 @@ def quantizing_linear(
     window, columns, outputs = made["WINDOW"], made["COLUMNS"], reads["OUTPUTS"]
     if made["MAP_WIDTH"] or made["ASYMMETRIC"] or made["OUTLIER_BITS"] == KEEP_FLOAT_BITS:
         return None
-    if columns > _MOST_COLUMNS or window > _ROWS:
+    qweight, weight_scale, bias, residual, y = product.args[6:11]
+    blocks = linear_blocks(outputs, qweight.shape[1], fp32_outliers=False)
+    rows, block_n = blocks["BLOCK_M"], blocks["BLOCK_N"]
+    if columns > _MOST_COLUMNS or window > rows:
         return None
-    tile = _ROWS // window * window
-    block_n = min(128, max(16, next_power_of_2(outputs)))
+    tile = rows // window * window
     spec = make_spec(
         Template.QUANTIZING_LINEAR,
         {
@@ -49,17 +51,15 @@ def quantizing_linear(
             **{name: reads[name] for name in ("OUTPUTS", "PACKED", "SCALE_PER_OUTPUT")},
             "TILE": tile,
             "BLOCK_N": block_n,
-            "BLOCK_M": _ROWS,
+            "BLOCK_M": rows,
             "BLOCK_K": max(32, next_power_of_2(columns)),  # of an int8 matrix instruction
             "BLOCK_W": next_power_of_2(tile // window),
         },
         epilogue=reads.epilogue,
-        num_warps=8 if block_n >= 64 else 4,
-        fp_fusion=False,  # codes are the quantizer's bit for bit
+        num_warps=linear_warps(block_n),
     )
     tiles = -(-made["LENGTH"] // tile) * codes.shape[0]
     grid = (tiles * -(-outputs // block_n), 1, 1)
-    qweight, weight_scale, bias, residual, y = product.args[6:11]
     sample, _, token, channel = places
     strides = (sample, token, channel)
     args = (x, scale, threshold, start, qweight, weight_scale, bias, residual, y, *strides)

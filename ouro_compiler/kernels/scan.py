@@ -7,14 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ouro_compiler.kernels.launch import (
-    contiguous,
-    launch,
-    multiprocessors,
-    next_power_of_2,
-    places,
-    scan_blocks,
-)
+from ouro_compiler.kernels.blocks import multiprocessors, next_power_of_2, scan_blocks
+from ouro_compiler.kernels.launch import contiguous, launch, places
 from ouro_compiler.kernels.quantize import FLOATS
 from ouro_compiler.kernels.spec import Template, make_spec
 from ouro_compiler.ops.causal_conv1d import check as check_conv
@@ -89,7 +83,6 @@ def selective_scan(
         {**constants, "HAS_D": D is not None, "HAS_Z": z is not None, "UNIT": unit},
         num_warps=1,
         num_stages=1,
-        fp_fusion=False,
     )
     skip = None if D is None else contiguous(D, "D")
     strides = (
@@ -126,7 +119,6 @@ def gather_chunks(
         {name: value for name, value in constants.items() if name not in unused},
         num_warps=1,
         num_stages=1,
-        fp_fusion=False,
     )
     launch(spec, grid, *operands, elapsed, state, *strides)
     return elapsed, state
@@ -164,7 +156,7 @@ def causal_conv1d(
         "BLOCK_L": 16,
         "BLOCK_D": min(128, next_power_of_2(channels)),
     }
-    spec = make_spec(Template.CONV, constants, num_warps=4, num_stages=1, fp_fusion=False)
+    spec = make_spec(Template.CONV, constants, num_warps=4, num_stages=1)
     grid = conv_grid(batch, constants)
     launch(spec, grid, x, contiguous(weight, "weight"), bias, y, *x.stride())
     return y

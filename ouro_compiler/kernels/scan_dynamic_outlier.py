@@ -7,13 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ouro_compiler.kernels.launch import (
-    contiguous,
-    launch,
-    multiprocessors,
-    places,
-    scan_blocks,
-)
+from ouro_compiler.kernels.blocks import multiprocessors, scan_blocks
+from ouro_compiler.kernels.launch import contiguous, launch, places
 from ouro_compiler.kernels.quantize import FLOATS, dequantize_dynamic_outlier
 from ouro_compiler.kernels.scan import gather_chunks, refuse_scan, state_strides
 from ouro_compiler.kernels.spec import Template, make_spec
@@ -97,7 +92,6 @@ def selective_scan_dynamic_outlier(
         {**constants, "HAS_D": D is not None, "HAS_Z": z is not None, "UNIT": unit},
         num_warps=1,
         num_stages=1,
-        fp_fusion=False,
     )
     skip = None if D is None else contiguous(D, "D")
     strides += (*((0, 0, 0) if z is None else z.stride()), *matrix_strides, channels)

@@ -56,8 +56,6 @@ class KernelSpec:
 
     constants: a value for every constexpr parameter of the template, sorted by name.
     others: kernels of the same template that one launch computes besides (`grouping.py`).
-    fp_fusion: may a * b + c become one fused multiply-add? Triton kernels forbid it, so that
-    codes are the reference's bit for bit, and a launch gives the same bits alone and in a group.
     """
 
     template: Template
@@ -65,7 +63,6 @@ class KernelSpec:
     epilogue: tuple[Epilogue, ...] = ()
     num_warps: int = 4
     num_stages: int = 3
-    fp_fusion: bool = True
     others: tuple[KernelSpec, ...] = ()
 
     def __post_init__(self) -> None:
@@ -85,7 +82,7 @@ class KernelSpec:
             "template": self.template.value,
             "constants": self.constants,
             "epilogue": [one.value for one in self.epilogue],
-            "options": [self.num_warps, self.num_stages, self.fp_fusion],
+            "options": [self.num_warps, self.num_stages],
         }
         if self.others:
             content["others"] = [one.digest for one in self.others]
@@ -122,7 +119,6 @@ def make_spec(
     epilogue: tuple[Epilogue, ...] = (),
     num_warps: int = 4,
     num_stages: int = 3,
-    fp_fusion: bool = True,
 ) -> KernelSpec:
     """A KernelSpec from constants by name; booleans become 0 and 1."""
     return KernelSpec(
@@ -131,5 +127,4 @@ def make_spec(
         epilogue=epilogue,
         num_warps=num_warps,
         num_stages=num_stages,
-        fp_fusion=fp_fusion,
     )

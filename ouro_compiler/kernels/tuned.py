@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 
+from ouro_compiler.kernels.blocks import next_power_of_2
 from ouro_compiler.kernels.candidates import TUNED, Choice, is_candidate
-from ouro_compiler.kernels.launch import Launch, interpreting, next_power_of_2
+from ouro_compiler.kernels.launch import Launch, interpreting
 from ouro_compiler.kernels.retile import retile
 from ouro_compiler.kernels.spec import KernelSpec
 from ouro_compiler.kernels.tuning_table import Key, Row, TuningWarning, read_table

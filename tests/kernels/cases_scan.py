@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from ouro_compiler.kernels.blocks import scan_blocks
 from ouro_compiler.kernels.depthwise_conv import depthwise_conv
-from ouro_compiler.kernels.launch import scan_blocks
 from ouro_compiler.kernels.scan import causal_conv1d, selective_scan
 from ouro_compiler.ops.causal_conv1d import causal_conv1d_ref
 from ouro_compiler.ops.chunked_scan import groups_of

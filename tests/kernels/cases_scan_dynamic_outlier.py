@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from ouro_compiler.kernels.launch import scan_blocks
+from ouro_compiler.kernels.blocks import scan_blocks
 from ouro_compiler.kernels.quantize import dequantize_dynamic_outlier
 from ouro_compiler.kernels.scan import selective_scan
 from ouro_compiler.kernels.scan_dynamic_outlier import selective_scan_dynamic_outlier

@@ -32,7 +32,7 @@ from benchmarks.offline_cases import (
 from ouro_compiler.errors import UsageError
 from ouro_compiler.kernels.candidates import as_choice, candidates, current_choice, offered_on
 from ouro_compiler.kernels.grouping import join
-from ouro_compiler.kernels.launch import Launch, record_launches
+from ouro_compiler.kernels.launch import Launch, launch_options, record_launches
 from ouro_compiler.kernels.offline import (
     Resources,
     _driver_for,
@@ -59,6 +59,7 @@ def compiled(launches: list[Launch], arch: int) -> list[Resources]:
     found = [compile_ahead(launch, arch) for launch in launches]
     for launch, one in zip(launches, found, strict=True):
         assert (one.spills, one.stack_bytes) == (0, 0), (launch.spec.label, one)
+        assert launch_options(launch.spec)["enable_fp_fusion"] is False
     return found
 
 
@@ -185,7 +186,6 @@ def test_quantizers_divide_exactly(channels: int, arch: int) -> None:
         quantizes = "NEVER" in dict(launch.spec.constants)
         assert found.exact_division == quantizes, launch.spec.label
         assert found.registers <= 96
-        assert not launch.spec.fp_fusion
     plain = compile_ahead(launches[0], arch)
     assert not plain.approximate_division
 
@@ -195,7 +195,7 @@ def test_maps_read_by_index(arch: int) -> None:
     """Rows and columns of a map cost a token some twenty instructions, and no registers to speak
     of; a group of both orders has a loop for each."""
     in_row = recorded(lambda: quantizer_cases(96))[0]
-    _, scan, merge = launches = recorded(lambda: map_cases(96))
+    _, scan, _ = launches = recorded(lambda: map_cases(96))
     assert [one.spec["MAP_WIDTH"] for one in launches] == [14, 14, 14]
     plain, found, scanned, merged = compiled([in_row, *launches], arch)
     assert found.registers <= plain.registers + 8
@@ -204,7 +204,6 @@ def test_maps_read_by_index(arch: int) -> None:
     assert scanned.shared_bytes == 0
     assert merged.registers <= 96
     assert merged.exact_division
-    assert not merge.spec.fp_fusion
     flat = dataclasses.replace(scan, spec=without_map(scan.spec))
     members = [flat, scan, other_direction(flat), other_direction(scan)]
     (both,) = compiled([join(members)], arch)
@@ -350,7 +349,6 @@ def test_quantized_scan(arch: int) -> None:
         assert found.registers <= cap, options
         assert found.shared_bytes == 0, "the largest state of a channel needs no shuffles"
         assert found.exact_division
-        assert not launches[0].spec.fp_fusion
 
 
 @pytest.mark.parametrize("arch", EACH)
@@ -382,7 +380,6 @@ def test_quantizer_and_product_in_one_launch(arch: int) -> None:
             assert found.exact_division
             assert not found.approximate_division
             assert found.matrix is not None
-    assert not single.spec.fp_fusion
 
 
 @pytest.mark.parametrize("arch", [80, 90])

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ouro_compiler.kernels.launch import multiprocessors, scan_blocks, scan_chunk
+from ouro_compiler.kernels.blocks import multiprocessors, scan_blocks, scan_chunk
 from tests.helpers import REPEATABLE
 
 H100 = 132
